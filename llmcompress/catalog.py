@@ -1,0 +1,85 @@
+"""Every compressor, allocation, layer and backend by name: imported only when used.
+
+A new algorithm adds one line here. Third-party packages add entries by the entry-point group `llmcompress.plugins`:
+each entry point loads to an `Entry` or a list of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import importlib.metadata
+from dataclasses import dataclass
+from typing import Any
+
+from llmcompress.errors import InputError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the catalogue. `target` is `module:attribute`, `port` where a backend plugs in."""
+
+    name: str
+    kind: str  # compressor | allocation | layer | backend
+    target: str
+    paper: str = ""
+    group: str = ""
+    port: str = ""
+    summary: str = ""
+
+    def load(self) -> Any:
+        module, _, attribute = self.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+_ENTRIES = (
+    Entry("svd", "compressor", "llmcompress.compressors.svd:SVD", "Eckart-Young 1936", "low_rank",
+          summary="plain truncated SVD, data-free; the baseline"),
+    Entry("asvd", "compressor", "llmcompress.compressors.asvd:ASVD", "2312.05821", "low_rank",
+          summary="SVD of the weight scaled by mean activation magnitude"),
+    Entry("svd_llm", "compressor", "llmcompress.compressors.svd_llm:SVDLLM", "2403.07378", "low_rank",
+          summary="SVD in the space whitened by the input Gram: the least output error of any rank-r factors"),
+    Entry("swift_svd", "compressor", "llmcompress.compressors.swift_svd:SwiftSVD", "2604.01609", "low_rank",
+          summary="the same minimiser from the output covariance's eigenvectors, no Cholesky"),
+    Entry("basis_sharing", "compressor", "llmcompress.compressors.basis_sharing:BasisSharing", "2410.03765", "low_rank",
+          summary="neighbouring blocks share one basis"),
+    Entry("fwsvd", "compressor", "llmcompress.compressors.fwsvd:FWSVD", "2207.00112", "low_rank",
+          summary="SVD weighted by the Fisher information of each input feature; meant for fine-tuning afterwards"),
+    Entry("uniform", "allocation", "llmcompress.compressors.allocation.uniform:allocate",
+          summary="every unit the same ratio"),
+    Entry("svd_llm_v2", "allocation", "llmcompress.compressors.allocation.svd_llm_v2:allocate", "2503.12340",
+          summary="within a role, more for the units that lose more"),
+    Entry("d_rank", "allocation", "llmcompress.compressors.allocation.d_rank:allocate", "D-Rank 2025",
+          summary="ranks by effective rank over cost"),
+    Entry("low_rank", "layer", "llmcompress.layers.low_rank:LowRankLinear"),
+)  # fmt: skip
+
+
+@functools.cache
+def entries() -> tuple[Entry, ...]:
+    """The built-in entries followed by those of installed plug-ins."""
+    found = list(_ENTRIES)
+    for point in importlib.metadata.entry_points(group="llmcompress.plugins"):
+        loaded = point.load()
+        found.extend(loaded if isinstance(loaded, (list, tuple)) else [loaded])
+    return tuple(found)
+
+
+def names(kind: str, port: str | None = None) -> list[str]:
+    return [e.name for e in entries() if e.kind == kind and (port is None or e.port == port)]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`; did you mean 'x'?`, or the list of what is known."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+
+
+def get(kind: str, name: str, port: str | None = None) -> Entry:
+    """The entry of that kind and name. InputError offers the nearest name."""
+    for entry in entries():
+        if entry.kind == kind and entry.name == name and (port is None or entry.port == port):
+            return entry
+    what = port or ("method" if kind == "compressor" else kind)
+    raise InputError(f"unknown {what} '{name}'{nearest(name, names(kind, port))}")

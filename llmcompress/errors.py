@@ -1,0 +1,9 @@
+"""The two ways in which a run ends badly."""
+
+
+class InputError(ValueError):
+    """Bad input: the message says in one line what is wrong and what would be right. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A failure while running: disk full, non-finite activations, corrupt file. Exit code 1."""

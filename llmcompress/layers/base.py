@@ -1,0 +1,60 @@
+"""What every structured layer offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class StructuredLinear(nn.Module, ABC):
+    """A linear map x (..., d_in) -> (..., d_out) stored as something smaller than its dense weight.
+
+    Attributes every layer has: `d_in`, `d_out`, `bias` (a Parameter (d_out,) or None) and `shared`, the tensors that
+    it does not own: parameter name -> path of the module that does. A shared tensor is one Parameter object,
+    counted and saved with its owner alone.
+    """
+
+    #: the name under which the layer stands in the catalogue and in a checkpoint's config
+    kind: str
+
+    d_in: int
+    d_out: int
+    bias: nn.Parameter | None
+    shared: dict[str, str]
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """JSON description from which `from_spec` builds an empty layer of the same shapes."""
+
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> StructuredLinear:
+        """An uninitialised layer, whose tensors a checkpoint fills."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """The dense weight (d_out, d_in) that this layer stands for, in the layer's dtype."""
+
+    @property
+    @abstractmethod
+    def storage_bits(self) -> int:
+        """Bits that a checkpoint holds for this layer: every own value, index and mask; bias and shared tensors not."""
+
+    @property
+    @abstractmethod
+    def flops(self) -> int:
+        """Multiplications and additions a token, bias left out; a shared product counts at its owner alone."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Own floating-point values, bias included, shared tensors not."""
+        return sum(p.numel() for name, p in self.named_parameters() if name not in self.shared)
+
+    def after_load(self) -> None:
+        """Called when all tensors are in place: builds what is derived from them (indices, running counts)."""
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.d_in}, d_out={self.d_out}, bias={self.bias is not None}"
