@@ -44,6 +44,12 @@ class StructuredLinear(nn.Module, ABC):
         """Bits that a checkpoint holds for this layer: every own value, index and mask; bias and shared tensors not."""
 
     @property
+    def storage_values(self) -> float:
+        """The same counted in dense values: a floating-point value is one, masks and packed values 16 bits each."""
+        own = {name: t for name, t in self.state_dict().items() if name not in self.shared and name != "bias"}
+        return sum(t.numel() if t.is_floating_point() else t.numel() * t.element_size() / 2 for t in own.values())
+
+    @property
     @abstractmethod
     def flops(self) -> int:
         """Multiplications and additions a token, bias left out; a shared product counts at its owner alone."""

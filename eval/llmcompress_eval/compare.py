@@ -1,0 +1,69 @@
+"""Dense and compressed model on the same text, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from llmcompress.calibration.text import read_documents, tokenize
+from llmcompress.engine import Progress
+from llmcompress.recipe import Evaluation
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from llmcompress_eval.perplexity import perplexity, windows
+from llmcompress_eval.speed import measure
+
+Load = Callable[[], nn.Module]
+
+
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase, sources: list[str], length: int, count: int | None, field: str
+) -> dict[str, Tensor]:
+    """The windows (windows, length) of each text source."""
+    return {
+        source: windows(tokenize(tokenizer, read_documents(source, "evaluation", field)), length, count, source)
+        for source in sources
+    }
+
+
+def evaluate_pair(
+    load_dense: Load,
+    load_compressed: Load,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: Evaluation,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Perplexity of both models on every source, and, if asked, their speeds.
+
+    One model is in memory at a time for perplexity, both for speed. An encoder, for which neither is defined, gives
+    empty results.
+    """
+    texts = evaluation_windows(tokenizer, evaluation.perplexity, evaluation.length, evaluation.windows, evaluation.field)
+    dense = load_dense()
+    if not dense.can_generate():  # type: ignore[operator]
+        return {}, None
+    found = {"dense": _perplexities(dense, "dense", texts, progress)}
+    if not evaluation.speed:
+        del dense
+    compressed = load_compressed()
+    found["compressed"] = _perplexities(compressed, "compressed", texts, progress)
+    by_source = {source: {name: found[name][source] for name in found} for source in texts}
+    if not evaluation.speed:
+        return by_source, None
+    progress.start("speed", 1)
+    limit = getattr(compressed.config, "max_position_embeddings", 512)
+    prompt = torch.arange(min(512, limit // 2)).unsqueeze(0) % compressed.config.vocab_size
+    speeds = measure({"dense": dense, "compressed": compressed}, prompt)
+    progress.advance("prefill and decode")
+    return by_source, {name: asdict(speed) for name, speed in speeds.items()}
+
+
+def _perplexities(model: nn.Module, name: str, texts: dict[str, Tensor], progress: Progress) -> dict[str, Any]:
+    found = {}
+    for source, tokens in texts.items():
+        progress.start(f"perplexity, {name}", len(tokens))
+        found[source] = asdict(perplexity(model, tokens, advance=progress.advance))
+    return found

@@ -1,0 +1,77 @@
+"""Compressing a model that is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmcompress.calibration import text
+from llmcompress.checkpoint.install import install
+from llmcompress.checkpoint.quantizer import attach
+from llmcompress.engine import Engine, Progress, Settings, load_layers
+from llmcompress.errors import InputError
+from llmcompress.models.runner import Runner
+from llmcompress.models.structure import analyse
+from llmcompress.plan import make_plan
+from llmcompress.recipe import Recipe
+from llmcompress.workspace import MemoryStore
+
+
+def compress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    method: str = "svd_llm",
+    ratio: float = 0.3,
+    targets: Sequence[str] = ("attention", "ffn"),
+    calibration: dict[str, Any] | None = None,
+    tokens: Tensor | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Compresses a transformers model in place and returns it; `save_pretrained` then writes a compressed checkpoint.
+
+    ratio: fraction of the targeted parameters removed. calibration: keys of a recipe's `calibration` section, read with
+    `tokenizer`; or `tokens` (sequences, length) int64 directly. options: `allocation`, `propagate` and the method's own.
+    InputError for anything that a recipe with the same values would be refused for; the model is then unchanged.
+    """
+    step = {"method": method, "ratio": ratio, "targets": list(targets), **options}
+    recipe = Recipe.parse(
+        {"model": "in memory", "output": "in memory", "seed": seed, "calibration": calibration or {}, "compress": [step]},
+        "compress()",
+    )
+    plan = make_plan(analyse(model), recipe.compress)
+    tokens = _tokens(model, tokenizer, recipe) if tokens is None else tokens
+    section = recipe.calibration
+    settings = Settings(section.batch_tokens, section.backward_samples, section.targets, seed)
+    store = MemoryStore()
+    training = model.training
+    model.eval()
+    try:
+        results = Engine(Runner(model, plan.structure), plan, tokens, store, settings, progress).run()
+    finally:
+        model.train(training)
+    layers = load_layers(results, store, model.dtype)
+    for name, layer in layers.items():
+        layer.to(model.get_submodule(name).weight.device)
+    install(model, layers)
+    attach(model)
+    return model
+
+
+def _tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> Tensor:
+    section = recipe.calibration
+    if tokenizer is None:
+        raise InputError("compress(): give a tokenizer that reads the calibration text, or `tokens`")
+    if section.dataset == "self":
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return text.generate_text(lambda: model, start, section.samples, section.length, recipe.seed)
+    documents = text.read_documents(section.dataset, "calibration", section.field)
+    stream = text.tokenize(tokenizer, documents)
+    found: torch.Tensor = text.pack(stream, section.samples, section.length, section.dataset)
+    return found

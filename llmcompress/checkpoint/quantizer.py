@@ -1,0 +1,85 @@
+"""The transformers integration: `from_pretrained` builds the structured layers that a checkpoint's config lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmcompress.checkpoint.install import Specs, build_layer, install, layer_spec, structured_layers
+from llmcompress.checkpoint.verify import check_files
+from llmcompress.errors import InputError
+
+if TYPE_CHECKING:  # transformers may still be importing itself when this module is imported
+    from transformers import PreTrainedModel
+
+METHOD = "llmcompress"
+VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class LLMCompressConfig(QuantizationConfigMixin):
+    """`quantization_config` of a compressed checkpoint: the format's version and the structured sites.
+
+    sites: module path -> {"type": layer kind, ...} as the layer's `spec` gives it.
+    """
+
+    def __init__(self, version: int = VERSION, sites: Specs | None = None, **_: Any) -> None:
+        if version > VERSION:
+            raise InputError(f"checkpoint format {version} is newer than this llmcompress reads ({VERSION}); upgrade it")
+        self.quant_method = METHOD
+        self.version = version
+        self.sites = sites or {}
+
+
+@register_quantizer(METHOD)
+class LLMCompressQuantizer(HfQuantizer):
+    """Replaces the listed modules before the weights are loaded and completes them afterwards."""
+
+    requires_calibration = True
+    quantization_config: LLMCompressConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        check_files([Path(file) for file in kwargs.get("checkpoint_files") or []])
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        layers = {}
+        for name, spec in self.quantization_config.sites.items():
+            try:
+                model.get_submodule(name)
+            except AttributeError:
+                raise InputError(f"config.json: quantization_config.sites: the model has no module {name}") from None
+            layers[name] = build_layer(name, spec, dtype, "meta")
+        install(model, layers)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        for layer in structured_layers(model).values():
+            layer.after_load()
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        self.quantization_config.sites = {name: layer_spec(layer) for name, layer in structured_layers(model).items()}
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Marks a model whose layers were replaced in memory, so that `save_pretrained` writes a compressed checkpoint."""
+    sites = {name: layer_spec(layer) for name, layer in structured_layers(model).items()}
+    config = LLMCompressConfig(sites=sites)
+    model.config.quantization_config = config
+    model.hf_quantizer = LLMCompressQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = METHOD

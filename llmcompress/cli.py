@@ -1,0 +1,172 @@
+"""The command line. Heavy imports happen inside commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from llmcompress import __version__, catalog
+from llmcompress.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(
+    help="Make language models smaller and faster by factorising their weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+RecipeOption = Annotated[Path, typer.Option("--recipe", "-r", help="the recipe, a YAML file")]
+SetOption = Annotated[list[str], typer.Option("--set", help="override a key: compress.0.ratio=0.4")]
+ModelArgument = Annotated[str, typer.Argument(help="hub id, folder, .gguf file, or builtin:smollm2-135m-instruct")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="also write the figures to this file")]
+
+
+def main() -> None:
+    """Runs a command. Exit codes: 0 done, 1 failed while running, 2 bad input."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except (InputError, RunError, KeyboardInterrupt, MemoryError) as error:
+        if debug:
+            raise
+        err.print(_one_line(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(2 if isinstance(error, InputError) else 1) from None
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; finished parts are kept: run the same command again to go on"
+    if isinstance(error, MemoryError):
+        return "out of memory; try a smaller calibration.batch_tokens"
+    return " ".join(str(error).split())
+
+
+@app.callback(invoke_without_command=True)
+def _global(
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def apply(
+    recipe: RecipeOption,
+    overrides: SetOption = [],  # noqa: B006  (typer's way of an empty list)
+    output: Annotated[str | None, typer.Option("--output", "-o", help="folder of the result, instead of the recipe's")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+) -> None:
+    """Run a recipe: calibrate, compress, save, evaluate. Killed and run again, it goes on where it stopped."""
+    from llmcompress import pipeline, show
+    from llmcompress.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides + ([f"output={json.dumps(output)}"] if output else []))
+    if dry_run:
+        from llmcompress.dry_run import plan_tables
+
+        _print_tables(plan_tables(loaded))
+        return
+    with show.Bars(err) as bars:
+        _log_to(err)
+        outcome = pipeline.apply(loaded, progress=bars)
+    out.print(show.result_table(outcome.folder, outcome.metrics, outcome.speed))
+    if outcome.seconds:
+        out.print(show.seconds_line(outcome.seconds), style="dim")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelArgument,
+    perplexity: Annotated[list[str], typer.Option(help="text source: wikitext2, a file, python-docs; NAME:SPLIT")],
+    length: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 1024,
+    windows: Annotated[int, typer.Option(min=0, help="windows measured; 0 for the whole text")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="windows at a time")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    field: Annotated[str, typer.Option(help="column or key that holds the text")] = "text",
+    trust_remote_code: Annotated[bool, typer.Option(help="run code that the model's folder brings along")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure a model's perplexity, dense or compressed."""
+    from llmcompress_eval.command import evaluate_model, evaluation_table
+
+    from llmcompress import show
+
+    with show.Bars(err) as bars:
+        found = evaluate_model(
+            model, perplexity, length, windows or None, batch, dtype, device, field, trust_remote_code, bars
+        )
+    out.print(evaluation_table(model, found))
+    if json_file:
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@app.command()
+def inspect(model: ModelArgument, json_file: JsonOption = None) -> None:
+    """Print a model's blocks, linear sites, roles, shapes, and what shares an input."""
+    from llmcompress.inspect import inspect_model, structure_tables
+
+    found = inspect_model(model)
+    _print_tables(structure_tables(found))
+    if json_file:
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="a compressed checkpoint")]) -> None:
+    """Check a checkpoint's files against their recorded SHA-256."""
+    from llmcompress.checkpoint.verify import verify as run
+
+    out.print(f"{folder}: {run(folder)} tensor files as written", highlight=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from llmcompress.schema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+def backends() -> None:
+    """List every method, allocation and backend."""
+    from rich.table import Table
+
+    table = Table()
+    for column in ("name", "kind", "port", "paper", "what it does"):
+        table.add_column(column)
+    for entry in catalog.entries():
+        if entry.kind != "layer":
+            table.add_row(entry.name, entry.kind, entry.port, entry.paper, entry.summary)
+    out.print(table)
+
+
+def _print_tables(tables: list[Table | str]) -> None:
+    for table in tables:
+        out.print(table)
+
+
+def _log_to(console: Console) -> None:
+    """The pipeline's remedies and findings, one line each, above the progress bars."""
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
+    logger: Any = logging.getLogger("llmcompress")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [handler]
+    logger.propagate = False

@@ -1,0 +1,367 @@
+"""What the low-rank methods share: ranks and costs, the truncation, the pivot form, and the compressor around them.
+
+A weight (d_out, d_in) is approximated by (A B)ᵀ with A (d_in, r), B (r, d_out). Every method truncates a singular value
+decomposition in a space of its own; what a method adds is that space.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import scipy.linalg
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+from llmcompress.compressors.whitening import checked_weight
+from llmcompress.errors import InputError, RunError
+from llmcompress.layers.low_rank import LowRankLinear
+from llmcompress.types import Budget, Compressed, Problem, Profile, Site, Statistics
+
+MAX_COEFFICIENT = 2.0  # pivots are swapped until no entry of the pivot form's B exceeds this
+
+
+class PivotOptions(BaseModel, extra="forbid"):
+    pivot: bool = Field(True, description="store the pivot form: the same product, r² values fewer at rank r")
+
+
+class LowRankOptions(PivotOptions):
+    share: Literal["none", "input"] = Field(
+        "none", description="input: one basis A for all sites that read the same tensor, factorised jointly"
+    )
+
+
+# --- factors ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LowRankFactors:
+    """weight ≈ (A B)ᵀ: A (d_in, r), B (r, d_out), float64.
+
+    singular_values: the whole spectrum (p,), descending, in the method's space. repair: what had to be done to the
+    statistics first, one line, or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    singular_values: Tensor
+    repair: str | None = None
+
+    def to_dense(self) -> Tensor:
+        """The approximation, (d_out, d_in)."""
+        return (self.A @ self.B).T
+
+
+@dataclass(frozen=True)
+class PivotedFactors:
+    """weight[pivots] = Aᵀ, weight[~pivots] ≈ (A B)ᵀ: A (d_in, r), B (r, d_out - r), pivots (d_out,) bool with r true."""
+
+    A: Tensor
+    B: Tensor
+    pivots: Tensor
+    singular_values: Tensor
+    repair: str | None = None
+
+    def to_dense(self) -> Tensor:
+        """The approximation, (d_out, d_in)."""
+        dense = self.A.new_empty(len(self.pivots), len(self.A))
+        dense[self.pivots] = self.A.T
+        dense[~self.pivots] = (self.A @ self.B).T
+        return dense
+
+
+def pivot(factors: LowRankFactors) -> PivotedFactors:
+    """The same product with r rows of the weight stored as they are and the others as combinations of them.
+
+    The pivots are chosen by a QR decomposition with column pivoting and then swapped until no coefficient exceeds 2,
+    so that the product is equal to rounding even in a narrow dtype. Stores r (d_in + d_out - r) values and a bit mask.
+    Source: interpolative decomposition; the swaps are maxvol (Goreinov et al., 2010).
+    """
+    basis, mix = torch.linalg.qr(factors.B.T)  # B = mixᵀ basisᵀ; basis (d_out, r) is orthonormal even where B is not
+    rows = basis.T.cpu().numpy()
+    order = scipy.linalg.qr(rows, mode="r", pivoting=True, check_finite=False)[1]
+    rank = len(rows)
+    chosen, coefficients = _dominant_columns(rows, order[:rank], order[rank:])
+    pivots = np.zeros(rows.shape[1], dtype=bool)
+    pivots[chosen] = True
+    A = factors.A @ mix.T @ basis[torch.from_numpy(chosen).to(basis.device)].T
+    return PivotedFactors(
+        A,
+        torch.from_numpy(coefficients).to(A),
+        torch.from_numpy(pivots),
+        factors.singular_values,
+        factors.repair,
+    )
+
+
+def _dominant_columns(rows: np.ndarray, chosen: np.ndarray, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns (ascending) that span `rows` (r, d), and the coefficients (r, d - r) of the others, at most 2 in size.
+
+    Every swap at least doubles the volume of the chosen block, whose columns are bounded: it ends.
+    """
+    chosen, rest = np.sort(chosen), np.sort(rest)
+    while True:
+        coefficients = np.linalg.solve(rows[:, chosen], rows[:, rest])
+        if not coefficients.size or np.abs(coefficients).max() <= MAX_COEFFICIENT:
+            return chosen, coefficients
+        # Rank-one updates drift: the outer loop solves afresh before the result is believed.
+        while np.abs(coefficients).max() > MAX_COEFFICIENT:
+            i, j = np.unravel_index(np.abs(coefficients).argmax(), coefficients.shape)
+            change = coefficients[:, j] / coefficients[i, j]
+            change[i] -= 1 / coefficients[i, j]
+            coefficients[:, j] = 0
+            coefficients[i, j] = 1
+            coefficients -= np.outer(change, coefficients[i])
+            chosen[i], rest[j] = rest[j], chosen[i]
+        chosen, rest = np.sort(chosen), np.sort(rest)
+
+
+# --- ranks and costs -------------------------------------------------------------------------------------------------
+
+
+def rank_costs(d_in: int, d_outs: Sequence[int], pivoted: bool) -> Tensor:
+    """Dense values stored at rank 0..min(d_in, sum d_out) for sites that share one A; a mask bit is 1/16 of a value."""
+    total = sum(d_outs)
+    rank = torch.arange(min(d_in, total) + 1, dtype=torch.float64)
+    if not pivoted:
+        return rank * (d_in + total)
+    masks = sum(math.ceil(d / 8) for d in d_outs) / 2
+    return rank * (d_in + total - rank) + masks * (rank > 0)
+
+
+def rank_for(d_in: int, d_out: int, ratio: float, pivoted: bool = False) -> int:
+    """The largest rank that stores at most 1 - ratio of the dense values; unpivoted, (1-ratio) d_in d_out/(d_in+d_out).
+
+    InputError unless 0 < ratio < 1, and if not even rank 1 fits.
+    """
+    if not 0 < ratio < 1:
+        raise InputError(f"ratio must be in (0, 1), the fraction removed; got {ratio}")
+    return rank_within(rank_costs(d_in, [d_out], pivoted), (1 - ratio) * d_in * d_out)
+
+
+def rank_within(costs: Tensor, values: float) -> int:
+    """The largest rank whose cost is at most `values`. InputError if not even rank 1 fits."""
+    rank = int((costs <= values).sum()) - 1
+    if rank < 1:
+        raise InputError(f"the budget of {values:.1f} values is below rank 1, which stores {costs[1]:.1f}")
+    return rank
+
+
+def rank_from_fraction(d_in: int, d_outs: Sequence[int], fraction: float, pivoted: bool) -> int:
+    """`fraction` of the full rank. InputError if that is below 1 or stores as much as the dense weight."""
+    costs = rank_costs(d_in, d_outs, pivoted)
+    rank = int(fraction * (len(costs) - 1))
+    dense = d_in * sum(d_outs)
+    if rank < 1:
+        raise InputError(f"rank_fraction {fraction} of rank {len(costs) - 1} is below rank 1")
+    if costs[rank] >= dense:
+        raise InputError(
+            f"rank {rank} (rank_fraction {fraction}) stores {costs[rank]:.0f} values, the dense weight {dense}"
+        )
+    return rank
+
+
+# --- truncation ------------------------------------------------------------------------------------------------------
+
+
+class Space(Protocol):
+    """Where a method measures the weight's error. `measures_output`: that error is the site's output error."""
+
+    repair: str | None
+    measures_output: bool
+
+    def spectrum(self) -> Tensor:
+        """All singular values of the weight in this space, descending: dropping one costs its square."""
+
+    def factors(self, rank: int) -> LowRankFactors:
+        """The best factors of that rank in this space. InputError if the rank is out of range."""
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """Space of `matrix` (d_in, d_out) = T weightᵀ diag(output_scale), T a map of the inputs.
+
+    undo: (d_in, r) -> T⁻¹ of it; None where T is the identity. output_scale (d_out,) or None.
+    """
+
+    matrix: Tensor
+    undo: Callable[[Tensor], Tensor] | None = None
+    output_scale: Tensor | None = None
+    repair: str | None = None
+    measures_output: bool = False
+
+    def spectrum(self) -> Tensor:
+        return torch.linalg.svdvals(self.matrix)
+
+    def factors(self, rank: int) -> LowRankFactors:
+        check_rank(rank, *self.matrix.shape)
+        u, s, vh = _svd(self.matrix)
+        root = s[:rank].sqrt()
+        A = u[:, :rank] * root
+        B = root[:, None] * vh[:rank]
+        if self.undo is not None:
+            A = self.undo(A)
+        if self.output_scale is not None:
+            B = B / self.output_scale
+        return LowRankFactors(A, B, s, self.repair)
+
+
+def check_rank(rank: int, d_in: int, d_out: int) -> None:
+    if not 1 <= rank <= min(d_in, d_out):
+        raise InputError(f"rank must be between 1 and min(d_in, d_out) = {min(d_in, d_out)}; got {rank}")
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD; a wide matrix is faster transposed."""
+    if matrix.shape[0] >= matrix.shape[1]:
+        return torch.linalg.svd(matrix, full_matrices=False)
+    v, s, uh = torch.linalg.svd(matrix.T, full_matrices=False)
+    return uh.T, s, v.T
+
+
+# --- the compressor --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def naming(site: str) -> Iterator[None]:
+    """Puts the site's name before the message of an error that does not have it."""
+    try:
+        yield
+    except InputError as error:
+        text = str(error)
+        raise InputError(text if text.startswith(site) else f"{site}: {text}") from None
+    except torch.linalg.LinAlgError as error:
+        raise RunError(f"{site}: the factorisation failed: {str(error).splitlines()[0]}") from error
+
+
+class LowRankCompressor(ABC):
+    """The compressor port for a method that is a `Space`: a subclass gives `space`, `needs` and its options."""
+
+    Options: ClassVar[type[PivotOptions]] = LowRankOptions
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, options: PivotOptions | None = None) -> None:
+        self.options = options if options is not None else self.Options()
+
+    @abstractmethod
+    def space(self, weight: Tensor, statistics: Statistics, name: str) -> Space:
+        """The space for one unit: weight (sum d_out, d_in) float64, finite; `name` for `Statistics.require`."""
+
+    def refine(self, factors: LowRankFactors, weight: Tensor, statistics: Statistics, name: str) -> LowRankFactors:
+        """What a method does to the factors after the truncation; nothing by default."""
+        return factors
+
+    def rank(self, sites: Sequence[Site], budget: Budget) -> int | None:
+        """The unit's rank; None where the budget holds the dense weights, which then stay as they are."""
+        if budget.values >= sum(site.dense_values for site in sites):
+            return None
+        return rank_within(self._costs(sites), budget.values)
+
+    def units(self, sites: Sequence[Site]) -> list[list[Site]]:
+        if getattr(self.options, "share", "none") != "input":
+            return [[site] for site in sites]
+        groups: dict[str, list[Site]] = {}
+        for site in sites:
+            groups.setdefault(site.input, []).append(site)
+        return list(groups.values())
+
+    def profile(self, problem: Problem) -> Profile:
+        with naming(problem.name):
+            space = self.space(stacked_weight(problem), joint_statistics(problem), problem.name)
+            spectrum = space.spectrum().cpu()
+        sites = problem.sites
+        return Profile(sites, spectrum, self._costs(sites), sum(site.dense_values for site in sites))
+
+    def plan(self, sites: Sequence[Site], budget: Budget) -> dict[str, Any]:
+        with naming(sites[0].name):
+            rank = self.rank(sites, budget)
+        if rank is None:
+            return {"rank": None, "values": float(sum(site.dense_values for site in sites))}
+        return {"rank": rank, "values": float(self._costs(sites)[rank])}
+
+    def compress(self, problem: Problem, budget: Budget, generator: torch.Generator) -> Compressed:
+        with naming(problem.name):
+            rank = self.rank(problem.sites, budget)
+            if rank is None:
+                note = f"{problem.name}: left dense, its budget of {budget.values:.0f} values holds the dense weight"
+                return Compressed([None] * len(problem.sites), [note])
+            weight, statistics = stacked_weight(problem), joint_statistics(problem)
+            space = self.space(weight, statistics, problem.name)
+            factors = space.factors(rank)
+            refined = self.refine(factors, weight, statistics, problem.name)
+            layers = build_layers(problem, pivot(refined) if self.options.pivot else refined)
+        one_input = len({site.input for site in problem.sites}) == 1
+        known = space.measures_output and one_input and refined is factors
+        notes = [f"{problem.name}: {factors.repair}"] if factors.repair else []
+        return Compressed(list(layers), notes, _relative_tail(factors.singular_values, rank) if known else None)
+
+    def _costs(self, sites: Sequence[Site]) -> Tensor:
+        return rank_costs(sites[0].d_in, [site.d_out for site in sites], self.options.pivot)
+
+
+def stacked_weight(problem: Problem) -> Tensor:
+    """The unit's weights below one another, (sum d_out, d_in), float64. InputError if one is not finite or misshapen."""
+    for site, weight in zip(problem.sites, problem.weights, strict=True):
+        if tuple(weight.shape) != (site.d_out, site.d_in):
+            raise InputError(f"{site.name}: the weight must be ({site.d_out}, {site.d_in}); got {tuple(weight.shape)}")
+    return torch.cat([checked_weight(weight) for weight in problem.weights])
+
+
+def joint_statistics(problem: Problem) -> Statistics:
+    """Statistics of the stacked weight: input-side sums over the distinct inputs, Fisher rows summed, columns stacked."""
+    if len(problem.sites) == 1:
+        return problem.statistics[0]
+    inputs = list({site.input: found for site, found in zip(problem.sites, problem.statistics, strict=True)}.values())
+    return Statistics(
+        tokens=sum(found.tokens for found in inputs),
+        sequences=problem.statistics[0].sequences,
+        gram=_total([found.gram for found in inputs]),
+        abs_sum=_total([found.abs_sum for found in inputs]),
+        cross=_total([found.cross for found in inputs]),
+        row_fisher=_total([found.row_fisher for found in problem.statistics]),
+        column_fisher=_stacked([found.column_fisher for found in problem.statistics]),
+    )
+
+
+def build_layers(problem: Problem, factors: LowRankFactors | PivotedFactors) -> list[LowRankLinear]:
+    """One layer a site, in the weights' dtype; the first owns A, the others refer to it.
+
+    RunError if a factor overflows that dtype.
+    """
+    dtype = problem.weights[0].dtype
+    A = nn.Parameter(factors.A.to(dtype).contiguous())
+    pivoted = factors.pivots if isinstance(factors, PivotedFactors) else None
+    layers: list[LowRankLinear] = []
+    first = column = offset = 0
+    for site, bias in zip(problem.sites, problem.biases, strict=True):
+        mask = pivoted[first : first + site.d_out] if pivoted is not None else None
+        count = int(mask.sum()) if mask is not None else 0
+        B = factors.B[:, column : column + site.d_out - count].to(dtype)
+        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+            raise RunError(f"{site.name}: a factor overflows {dtype}")
+        shared = {"A": problem.sites[0].name} if layers else None
+        layers.append(LowRankLinear.from_factors(A, B, bias, mask, offset, shared))
+        first, column, offset = first + site.d_out, column + site.d_out - count, offset + count
+    return layers
+
+
+def _total(parts: list[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.stack(present).sum(0) if len(present) == len(parts) else None
+
+
+def _stacked(parts: list[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if len(present) == len(parts) else None
+
+
+def _relative_tail(singular_values: Tensor, rank: int) -> float:
+    squares = singular_values.square()
+    total = float(squares.sum())
+    return math.sqrt(float(squares[rank:].sum()) / total) if total else 0.0

@@ -1,0 +1,104 @@
+"""Whitened truncated SVD: the least output error of any rank-r factors (SVD-LLM, arXiv 2403.07378; V2, 2503.12340)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmcompress.compressors.low_rank import LowRankCompressor, LowRankFactors, LowRankOptions, Whitened
+from llmcompress.compressors.whitening import checked_gram, checked_weight, damped_cholesky
+from llmcompress.errors import InputError
+from llmcompress.types import Statistics
+
+Whitening = Literal["cholesky", "eigh"]
+
+
+class Options(LowRankOptions):
+    whitening: Whitening = Field(
+        "cholesky",
+        description="square root of the Gram: cholesky shifts a singular one, eigh leaves its null space out",
+    )
+    refit: bool = Field(
+        False, description="refit the output factor to the dense model's outputs on the compressed prefix's inputs"
+    )
+
+
+def svd_llm_factorize(weight: Tensor, gram: Tensor, rank: int, whitening: Whitening = "cholesky") -> LowRankFactors:
+    """Minimiser of ||X W - X A B||_F, W = weightᵀ: SVD of L W with Lᵀ L = gram; dropping sigma_i costs exactly sigma_i.
+
+    weight (d_out, d_in), gram (d_in, d_in) = Xᵀ X; factors in float64. A singular Gram is shifted ("cholesky") or its
+    null space is left out ("eigh"), and `repair` says so. Raises InputError for bad weights, Grams or ranks.
+    Source: arXiv 2403.07378, section 3.1; "eigh": arXiv 2503.12340, section 3.2.
+    """
+    return whitened(checked_weight(weight), gram, whitening).factors(rank)
+
+
+def whitened(weight: Tensor, gram: Tensor, whitening: Whitening = "cholesky") -> Whitened:
+    """The space of a float64 weight (d_out, d_in) in which a distance is an output error."""
+    gram = checked_gram(gram, weight)
+    if whitening == "eigh":
+        return _eigh_space(weight, gram)
+    upper, repair = damped_cholesky(gram)
+
+    def undo(a: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(upper, a, upper=True)
+
+    return Whitened(upper @ weight.T, undo, repair=repair, measures_output=True)
+
+
+def _eigh_space(weight: Tensor, gram: Tensor) -> Whitened:
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    kept = eigenvalues > len(gram) * torch.finfo(torch.float64).eps * eigenvalues[-1]
+    root = torch.where(kept, eigenvalues, 0).sqrt()[:, None]
+    inverse = torch.where(kept[:, None], 1 / root, 0)
+    repair = None
+    if not kept.all():
+        repair = f"Gram singular (rank {int(kept.sum())} of {len(gram)}); its null space is left out"
+    return Whitened(
+        root * (vectors.T @ weight.T), lambda a: vectors @ (inverse * a), repair=repair, measures_output=True
+    )
+
+
+def refit_output_factor(A: Tensor, gram_shifted: Tensor, cross_times_weight: Tensor) -> Tensor:
+    """B (r, d_out) minimising ||X' A B - X W||_F: X' from the compressed prefix, X from the dense model, float64.
+
+    A (d_in, r); gram_shifted (d_in, d_in) = X'ᵀ X'; cross_times_weight (d_in, d_out) = X'ᵀ X W. The minimiser of least
+    norm where Aᵀ gram A is singular. Source: arXiv 2403.07378, section 3.2, the update of its steps 2 and 3.
+    """
+    A, target = A.double(), cross_times_weight.double()
+    gram = checked_gram(gram_shifted, A.T)
+    if target.shape[0] != A.shape[0]:
+        raise InputError(f"cross_times_weight must have {A.shape[0]} rows; got {target.shape[0]}")
+    normal = A.T @ gram @ A
+    scale = normal.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()  # equilibrates before the cutoff
+    eigenvalues, vectors = torch.linalg.eigh(scale[:, None] * normal * scale)
+    kept = eigenvalues > len(normal) * torch.finfo(torch.float64).eps * eigenvalues[-1]
+    inverse = torch.where(kept, 1 / eigenvalues, 0)[:, None]
+    return scale[:, None] * (vectors @ (inverse * (vectors.T @ (scale[:, None] * (A.T @ target)))))
+
+
+class SVDLLM(LowRankCompressor):
+    Options: ClassVar[type[Options]] = Options
+    options: Options
+
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options)
+        self.needs = frozenset({"gram", "cross"} if self.options.refit else {"gram"})
+
+    def space(self, weight: Tensor, statistics: Statistics, name: str) -> Whitened:
+        space = whitened(weight, statistics.require("gram", name), self.options.whitening)
+        if space.repair and statistics.tokens < weight.shape[1]:
+            few = f"{statistics.tokens:g} calibration tokens for {weight.shape[1]} inputs"
+            space = dataclasses.replace(space, repair=f"{few}: {space.repair}")
+        return space
+
+    def refine(self, factors: LowRankFactors, weight: Tensor, statistics: Statistics, name: str) -> LowRankFactors:
+        if not self.options.refit:
+            return factors
+        cross = statistics.require("cross", name).to(weight)
+        gram = statistics.require("gram", name).to(weight)
+        return dataclasses.replace(factors, B=refit_output_factor(factors.A, gram, cross @ weight.T))

@@ -1,0 +1,405 @@
+"""Calibrate, allocate, compress: block by block, with every finished part in a store."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llmcompress.calibration.collect import InputStatistics, capture_inputs
+from llmcompress.calibration.fisher import OutputStatistics, sample_labels, token_losses
+from llmcompress.checkpoint.install import build_layer, install, layer_spec, shared_tensors
+from llmcompress.errors import InputError, RunError
+from llmcompress.layers.base import StructuredLinear
+from llmcompress.models.runner import Runner, check_finite
+from llmcompress.plan import Plan, Step
+from llmcompress.types import Budget, Problem, Profile, Site, Statistics
+from llmcompress.workspace import Store
+
+log = logging.getLogger("llmcompress")
+
+
+class Progress(Protocol):
+    """Told about long work, so that it can be shown."""
+
+    def start(self, stage: str, total: int) -> None: ...
+    def advance(self, detail: str) -> None: ...
+
+
+class Silent:
+    def start(self, stage: str, total: int) -> None:
+        pass
+
+    def advance(self, detail: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How calibration runs; see `Calibration` in the recipe."""
+
+    batch_tokens: int = 4096
+    backward_samples: int | None = None
+    targets: str = "labels"
+    seed: int = 0
+
+
+@dataclass
+class SiteResult:
+    """What became of one site, for the report. Values and bits are those the checkpoint stores, bias left out."""
+
+    name: str
+    role: str
+    block: int
+    method: str
+    dense_values: int
+    stored_bits: int
+    stored_values: float  # dense values: 16 bits of masks and narrow values are one, a full-width value is one
+    error: float | None = None
+    notes: list[str] = field(default_factory=list)
+    spec: dict[str, Any] | None = None  # None: left dense
+
+
+class Engine:
+    """Runs a plan on a model. `tokens` (sequences, length) int64; results come from and go to `store`."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        plan: Plan,
+        tokens: Tensor,
+        store: Store,
+        settings: Settings,
+        progress: Progress | None = None,
+    ) -> None:
+        self.runner, self.plan, self.tokens, self.store, self.settings = runner, plan, tokens, store, settings
+        self.progress = progress or Silent()
+        self.batch = max(1, settings.batch_tokens // tokens.shape[1])
+        self.count = len(plan.structure.blocks)
+        self._width: int | None = None
+        self._recent: dict[str, dict[str, Statistics]] = {}
+
+    def run(self) -> list[SiteResult]:
+        """All results, in the order of the blocks; each finished block is in the store as `blocks/INDEX`."""
+        if any(not self.store.has(f"blocks/{i:05d}") for i in range(self.count)):
+            self._start()
+            if self.plan.two_passes:
+                self._measure()
+            budgets = self._budgets()
+            self._compress(budgets)
+        found = [result for i in range(self.count) for result in self.store.get(f"blocks/{i:05d}")[1]]
+        return [SiteResult(**result) for result in found]
+
+    def _start(self) -> None:
+        with self.runner.ends_loaded():
+            self.runner.record_arguments(self.tokens)
+            first = self.runner.embed(self.tokens[:1])
+            self._width = first.shape[-1]
+            if self.store.has("hidden/00000") or self._hidden_consumed():
+                return
+            hidden = self.store.new_hidden("hidden/00000", self._shape, self.runner.dtype)
+            for rows in self._batches(len(self.tokens)):
+                hidden[rows] = self.runner.embed(self.tokens[rows]).to(hidden)
+            check_finite(hidden, "embeddings")
+            self.store.commit_hidden("hidden/00000")
+
+    def _hidden_consumed(self) -> bool:
+        return self.store.has("blocks/00000") or self.store.has("statistics/00000")
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (*self.tokens.shape, self._width or 0)
+
+    def _batches(self, total: int) -> Iterator[slice]:
+        for start in range(0, total, self.batch):
+            yield slice(start, min(start + self.batch, total))
+
+    def _open(self, key: str) -> Tensor:
+        return self.store.open_hidden(key, self._shape, self.runner.dtype)
+
+    # -- pass one: statistics of the dense model --------------------------------------------------------------------
+
+    def _measure(self) -> None:
+        keep_all = bool(self.plan.backward_needs)
+        self.progress.start("calibrate", self.count)
+        for index in range(self.count):
+            if not self.store.has(f"statistics/{index:05d}"):
+                sites = self._sites_in(index)
+                statistics = self._forward(index, sites, self.plan.forward_needs, f"hidden/{index:05d}", "hidden")
+                self._put_statistics(f"statistics/{index:05d}", statistics)
+            if not keep_all and not (index == 0 and self.plan.propagate):
+                self.store.delete(f"hidden/{index:05d}")
+            self.progress.advance(self.plan.structure.blocks[index])
+        if self.plan.backward_needs:
+            self._backward()
+            for index in range(0 if not self.plan.propagate else 1, self.count + 1):
+                self.store.delete(f"hidden/{index:05d}")
+
+    def _sites_in(self, index: int) -> list[Site]:
+        """The targeted sites of a block, and the first readers of their inputs."""
+        targeted = {site.name for site in self.plan.sites}
+        inputs = {site.input for site in self.plan.sites}
+        return [s for s in self.plan.structure.in_block(index) if s.name in targeted or s.name in inputs]
+
+    def _forward(
+        self, index: int, sites: list[Site], needs: frozenset[str], source: str, target: str
+    ) -> dict[str, Statistics]:
+        """Runs one dense block over `source`, gathers statistics of its inputs, writes `target/INDEX+1`."""
+        hidden = self._open(source)
+        following = f"{target}/{index + 1:05d}"
+        output = self.store.new_hidden(following, self._shape, self.runner.dtype)
+        collected = InputStatistics(sites, needs, self.runner.device)
+        with self.runner.block_loaded(index), torch.no_grad():
+            with capture_inputs(self.runner.model, sites if needs else [], collected.receive):
+                for rows in self._batches(len(hidden)):
+                    output[rows] = self.runner.run_block(index, hidden[rows].to(self.runner.device)).to(output)
+        check_finite(output, self.plan.structure.blocks[index])
+        self.store.commit_hidden(following)
+        return collected.sums
+
+    def _put_statistics(self, key: str, statistics: dict[str, Statistics]) -> None:
+        tensors = {
+            f"{name}|{field_name}": value
+            for name, sums in statistics.items()
+            for field_name in Statistics.SUMS
+            if (value := getattr(sums, field_name)) is not None
+        }
+        counts = {name: [sums.tokens, sums.sequences, sums.backward_tokens] for name, sums in statistics.items()}
+        self.store.put(key, tensors, counts)
+
+    def _get_statistics(self, key: str) -> dict[str, Statistics]:
+        tensors, counts = self.store.get(key)
+        found = {name: Statistics(count[0], count[1], count[2]) for name, count in counts.items()}
+        for key_name, value in tensors.items():
+            name, _, field_name = key_name.partition("|")
+            setattr(found[name], field_name, value)
+        return found
+
+    # -- gradients, from the last block to the first ----------------------------------------------------------------
+
+    def _backward(self) -> None:
+        samples = min(self.settings.backward_samples or len(self.tokens), len(self.tokens))
+        shape = (samples, *self._shape[1:])
+        last = f"gradient/{self.count:05d}"
+        if not self.store.has(last) and not self.store.has(f"gradients/{self.count - 1:05d}"):
+            self._loss_gradient(last, shape)
+        self.progress.start("gradients", self.count)
+        for index in reversed(range(self.count)):
+            if not self.store.has(f"gradients/{index:05d}"):
+                self._block_backward(index, shape)
+            self.store.delete(f"gradient/{index + 1:05d}")
+            self.progress.advance(self.plan.structure.blocks[index])
+        self.store.delete(f"gradient/{0:05d}")
+
+    def _loss_gradient(self, key: str, shape: tuple[int, ...]) -> None:
+        hidden = self._open(f"hidden/{self.count:05d}")
+        gradient = self.store.new_hidden(key, shape, torch.float32)
+        generator = torch.Generator(device=self.runner.device).manual_seed(self.settings.seed)
+        with self.runner.ends_loaded():
+            for row in range(shape[0]):  # one sequence at a time: its logits are the largest tensor of the run
+                tokens = self.tokens[row : row + 1]
+                leaf = hidden[row : row + 1].to(self.runner.device).requires_grad_()
+                with torch.enable_grad():
+                    logits = self.runner.logits(tokens, leaf)
+                    drawn = self.settings.targets == "sampled"
+                    labels = sample_labels(logits.detach(), generator) if drawn else tokens
+                    token_losses(logits, labels).sum().backward()
+                if leaf.grad is None:
+                    raise RunError("the loss does not depend on the last block")
+                gradient[row] = leaf.grad[0].float().cpu()
+        check_finite(gradient, "the loss gradient")
+        self.store.commit_hidden(key)
+
+    def _block_backward(self, index: int, shape: tuple[int, ...]) -> None:
+        hidden = self._open(f"hidden/{index:05d}")
+        incoming = self.store.open_hidden(f"gradient/{index + 1:05d}", shape, torch.float32)
+        outgoing = self.store.new_hidden(f"gradient/{index:05d}", shape, torch.float32)
+        sites = [site for site in self._sites_in(index) if site in self.plan.sites]
+        with self.runner.block_loaded(index):
+            hooks = OutputStatistics(self.runner.model, sites, self.plan.backward_needs)
+            for rows in self._batches(shape[0]):
+                leaf = hidden[rows].to(self.runner.device).requires_grad_()
+                hooks.lengths = torch.full((len(leaf),), shape[1] - 1, device=self.runner.device)
+                with torch.enable_grad():
+                    output = self.runner.run_block(index, leaf)
+                    output.backward(incoming[rows].to(output))
+                outgoing[rows] = leaf.grad.float().cpu()  # type: ignore[union-attr]
+            hooks.close()
+        check_finite(outgoing, f"{self.plan.structure.blocks[index]}: the gradient at its input")
+        self.store.commit_hidden(f"gradient/{index:05d}")
+        self._put_statistics(f"gradients/{index:05d}", hooks.sums)
+
+    # -- allocation -------------------------------------------------------------------------------------------------
+
+    def _budgets(self) -> list[list[Budget]]:
+        if not self.plan.needs_profiles:
+            return self.plan.budgets(None)
+        profiles = []
+        for index, step in enumerate(self.plan.steps):
+            self.progress.start("profile", len(step.units))
+            profiles.append([self._profile(step, f"profiles/{index}-{n:05d}", u) for n, u in enumerate(step.units)])
+        return self.plan.budgets(profiles)
+
+    def _profile(self, step: Step, key: str, unit: list[Site]) -> Profile:
+        if not self.store.has(key):
+            profile = step.compressor.profile(self._problem(unit, None))
+            self.store.put(key, {"spectrum": profile.spectrum, "costs": profile.costs}, profile.dense)
+        tensors, dense = self.store.get(key)
+        self.progress.advance(unit[0].name)
+        return Profile(unit, tensors["spectrum"], tensors["costs"], dense)
+
+    # -- pass two: compression --------------------------------------------------------------------------------------
+
+    def _compress(self, budgets: list[list[Budget]]) -> None:
+        self.progress.start("compress", self.count)
+        for index in range(self.count):
+            if not self.store.has(f"blocks/{index:05d}"):
+                self._compress_block(index, budgets)
+            for stream in ("hidden", "propagated"):
+                self.store.delete(f"{stream}/{index:05d}")
+            self._forget_statistics(index)
+            self.progress.advance(self.plan.structure.blocks[index])
+        for stream in ("hidden", "propagated"):
+            self.store.delete(f"{stream}/{self.count:05d}")
+
+    def _forget_statistics(self, index: int) -> None:
+        """Deletes what no unit still to come will read."""
+        ends = [unit[-1].block for step in self.plan.steps for unit in step.units if unit[0].block <= index]
+        if max(ends, default=0) <= index:
+            for block in range(index + 1):
+                self.store.delete(f"statistics/{block:05d}")
+                self.store.delete(f"gradients/{block:05d}")
+
+    def _compress_block(self, index: int, budgets: list[list[Budget]]) -> None:
+        fresh = self._fresh_statistics(index)
+        layers: dict[str, StructuredLinear] = {}
+        results: list[dict[str, Any]] = []
+        for step, step_budgets in zip(self.plan.steps, budgets, strict=True):
+            for unit, budget in zip(step.units, step_budgets, strict=True):
+                if unit[-1].block == index:
+                    built, found = self._compress_unit(step, unit, budget, fresh)
+                    layers |= built
+                    results += [asdict(result) for result in found]
+        if self.plan.propagate:
+            self._advance(index, layers)
+        shared = shared_tensors(layers)
+        tensors = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
+        self.store.put(f"blocks/{index:05d}", {k: v for k, v in tensors.items() if k not in shared}, results)
+
+    def _fresh_statistics(self, index: int) -> dict[str, Statistics] | None:
+        """Statistics gathered now: of the dense model in one pass, of the compressed prefix's stream if it propagates."""
+        sites, needs = self._sites_in(index), self.plan.forward_needs
+        if not self.plan.propagate:
+            if self.plan.two_passes:
+                return None
+            return self._forward(index, sites, needs, f"hidden/{index:05d}", "hidden")
+        own = self._open(self._propagated(index))
+        collected = InputStatistics(sites, needs, self.runner.device)
+        crossed = "cross" in needs
+        output = self.store.new_hidden(f"hidden/{index + 1:05d}", self._shape, self.runner.dtype) if crossed else None
+        dense = self._open(f"hidden/{index:05d}") if crossed else None
+        with self.runner.block_loaded(index), torch.no_grad():
+            for rows in self._batches(len(own)):
+                if dense is not None and output is not None:
+                    with capture_inputs(self.runner.model, sites, collected.receive_dense):
+                        output[rows] = self.runner.run_block(index, dense[rows].to(self.runner.device)).to(output)
+                with capture_inputs(self.runner.model, sites, collected.receive):
+                    self.runner.run_block(index, own[rows].to(self.runner.device))
+        if crossed:
+            self.store.commit_hidden(f"hidden/{index + 1:05d}")
+        return collected.sums
+
+    def _propagated(self, index: int) -> str:
+        return f"propagated/{index:05d}" if index else "hidden/00000"
+
+    def _advance(self, index: int, layers: dict[str, StructuredLinear]) -> None:
+        """Runs the compressed block on the compressed prefix's stream."""
+        own = self._open(self._propagated(index))
+        following = f"propagated/{index + 1:05d}"
+        output = self.store.new_hidden(following, self._shape, self.runner.dtype)
+        with self.runner.block_loaded(index), torch.no_grad():
+            dense = {name: self.runner.model.get_submodule(name) for name in layers}
+            install(self.runner.model, layers)
+            for rows in self._batches(len(own)):
+                output[rows] = self.runner.run_block(index, own[rows].to(self.runner.device)).to(output)
+            for name, module in dense.items():
+                parent, _, leaf = name.rpartition(".")
+                setattr(self.runner.model.get_submodule(parent), leaf, module)
+        check_finite(output, f"{self.plan.structure.blocks[index]}, compressed")
+        self.store.commit_hidden(following)
+
+    def _stored(self, kind: str, block: int) -> dict[str, Statistics]:
+        """Statistics of pass one, the last few blocks' kept in memory: a block's units are asked for one by one."""
+        key = f"{kind}/{block:05d}"
+        if key not in self._recent:
+            if len(self._recent) >= 4:
+                self._recent.clear()
+            self._recent[key] = self._get_statistics(key) if self.store.has(key) else {}
+        return self._recent[key]
+
+    def _problem(self, unit: Sequence[Site], fresh: dict[str, Statistics] | None) -> Problem:
+        device = self.runner.device
+        statistics = []
+        for site in unit:
+            inputs = fresh if fresh is not None else self._stored("statistics", site.block)
+            own = self._stored("gradients", site.block).get(site.name, Statistics())
+            statistics.append(_to(inputs.get(site.input, Statistics()) + own, device))
+        weights = [self.runner.weight(site) for site in unit]
+        for site, weight in zip(unit, weights, strict=True):
+            if not torch.isfinite(weight).all():
+                raise InputError(f"{site.name}: its weight is not finite")
+        return Problem(list(unit), weights, [self.runner.bias(site) for site in unit], statistics)
+
+    def _compress_unit(
+        self, step: Step, unit: list[Site], budget: Budget, fresh: dict[str, Statistics] | None
+    ) -> tuple[dict[str, StructuredLinear], list[SiteResult]]:
+        problem = self._problem(unit, fresh)
+        seed = int.from_bytes(hashlib.sha256(f"{self.settings.seed}:{unit[0].name}".encode()).digest()[:7], "big")
+        generator = torch.Generator(device=self.runner.device).manual_seed(seed)
+        compressed = step.compressor.compress(problem, budget, generator)
+        for note in compressed.notes:
+            log.info("%s: %s", problem.name, note)
+        layers = {s.name: layer for s, layer in zip(unit, compressed.layers, strict=True) if layer is not None}
+        results = [
+            site_result(site, step.recipe.method, weight, layers.get(site.name), compressed.error, compressed.notes)
+            for site, weight in zip(unit, problem.weights, strict=True)
+        ]
+        return layers, results
+
+
+def site_result(
+    site: Site, method: str, weight: Tensor, layer: StructuredLinear | None, error: float | None, notes: list[str]
+) -> SiteResult:
+    width = weight.element_size() * 8
+    bits = layer.storage_bits if layer is not None else site.dense_values * width
+    values = layer.storage_values if layer is not None else float(site.dense_values)
+    spec = layer_spec(layer) if layer is not None else None
+    return SiteResult(site.name, site.role, site.block, method, site.dense_values, bits, values, error, notes, spec)
+
+
+def _to(statistics: Statistics, device: torch.device) -> Statistics:
+    for name in Statistics.SUMS:
+        value = getattr(statistics, name)
+        if value is not None and value.device != device:
+            setattr(statistics, name, value.to(device))
+    return statistics
+
+
+def load_layers(results: Sequence[SiteResult], store: Store, dtype: torch.dtype) -> dict[str, StructuredLinear]:
+    """The structured layers of a finished run, filled from the store."""
+    layers = {r.name: build_layer(r.name, r.spec, dtype, "cpu") for r in results if r.spec is not None}
+    blocks = sorted({result.block for result in results})
+    tensors: dict[str, Tensor] = {}
+    for block in blocks:
+        tensors |= store.get(f"blocks/{block:05d}")[0]
+    tied = shared_tensors(layers)
+    for name, layer in layers.items():
+        wanted = {key: f"{name}.{key}" for key in layer.state_dict()}
+        layer.load_state_dict({key: tensors[tied.get(full, full)] for key, full in wanted.items()})
+        layer.after_load()
+    return layers

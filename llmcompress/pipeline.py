@@ -1,0 +1,272 @@
+"""Runs a recipe: load, calibrate, allocate, compress, save, evaluate. Killed at any instant, it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+import yaml
+from torch import Tensor
+
+import llmcompress
+from llmcompress.calibration import text
+from llmcompress.checkpoint.card import model_card
+from llmcompress.checkpoint.save import save_streamed
+from llmcompress.engine import Engine, Progress, Settings, Silent, SiteResult
+from llmcompress.errors import InputError
+from llmcompress.models.load import (
+    DTYPES, Location, StreamedModel, fingerprint, load_model, load_tokenizer, locate, unpack_gguf,
+)  # fmt: skip
+from llmcompress.models.files import file_digest
+from llmcompress.models.runner import Runner
+from llmcompress.models.structure import analyse
+from llmcompress.plan import Plan, make_plan
+from llmcompress.recipe import Recipe
+from llmcompress.workspace import DiskStore, digest, disk_errors, replace_durably, sync, write_text
+
+log = logging.getLogger("llmcompress")
+METRICS = "metrics.json"
+
+
+@dataclass
+class Outcome:
+    """What `apply` made: the folder, the deterministic metrics stored in it, and the seconds each stage took."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    seconds: dict[str, float]
+    speed: dict[str, Any] | None = None
+
+
+def apply(recipe: Recipe | str | Path, *, overrides: list[str] | None = None, progress: Progress | None = None) -> Outcome:
+    """Runs a recipe (or the YAML file at a path) from the model to the evaluated checkpoint.
+
+    InputError for bad input, before anything is written; RunError for a failure on the way, after which the same call
+    goes on with the first unfinished part.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
+    return Pipeline(loaded, progress or Silent()).run()
+
+
+class Pipeline:
+    """One run of a recipe. Work in progress lies in a folder beside the output, named after the run's fingerprint."""
+
+    def __init__(self, recipe: Recipe, progress: Progress) -> None:
+        self.recipe, self.progress = recipe, progress
+        self.output = Path(recipe.output).expanduser().absolute()
+        self.location = locate(recipe.model)
+        self.device = choose_device(recipe.device)
+        self.fingerprint = self._fingerprint()
+        self.work = self.output.parent / f".{self.output.name}.work-{self.fingerprint[:12]}"
+        self.seconds: dict[str, float] = {}
+
+    def _fingerprint(self) -> str:
+        """Identifies all that the compressed weights depend on, so that old work of another run is never mixed in."""
+        recipe = self.recipe.model_dump(mode="json", exclude={"output", "eval", "model", "max_shard_size"})
+        sources = [Path(self.recipe.calibration.dataset).expanduser()]
+        texts = [file_digest(path) for path in sources if path.is_file()]
+        return digest([recipe, fingerprint(self.location), texts, versions()])
+
+    # -- the run ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        if self._finished():
+            log.info("%s: already finished for this recipe and model", self.output)
+            return Outcome(self.output, json.loads((self.output / METRICS).read_text()), {})
+        self._check_output()
+        source, plan, tokens = self.prepare()
+        self.work.mkdir(parents=True, exist_ok=True)
+        store = DiskStore(self.work / "store")
+        runner = Runner(source, plan.structure)
+        calibration = self.recipe.calibration
+        settings = Settings(
+            calibration.batch_tokens, calibration.backward_samples, calibration.targets, self.recipe.seed
+        )
+        with self._timed("compress"):
+            results = Engine(runner, plan, tokens, store, settings, self.progress).run()
+        result = self.work / "result"
+        with self._timed("save"), disk_errors(result):
+            shutil.rmtree(result, ignore_errors=True)
+            save_streamed(result, source, results, store, self.recipe.max_shard_size)
+        metrics, speed = self._evaluate(source, plan, results, result)
+        with disk_errors(result):
+            self._finish(result, metrics)
+        return Outcome(self.output, metrics, self.seconds, speed)
+
+    def prepare(self) -> tuple[StreamedModel, Plan, Tensor]:
+        """Opens the model, plans the steps and reads the calibration text: all that can be wrong in the input."""
+        with self._timed("load"):
+            source = self.open_model()
+            plan = make_plan(analyse(source.model), self.recipe.compress)
+            tokens = self._calibration_tokens(source)
+        return source, plan, tokens
+
+    def open_model(self) -> StreamedModel:
+        location = self.location
+        if location.gguf:
+            location = self._unpacked(location)
+        dtype = DTYPES.get(self.recipe.dtype, "auto")
+        scratch = self.work / "offload"
+        return StreamedModel(location, scratch, dtype, self.device, self.recipe.trust_remote_code)
+
+    def _unpacked(self, gguf: Location) -> Location:
+        """The GGUF model as a safetensors folder, made once a run."""
+        folder = self.work / "source"
+        if not folder.exists():
+            part = self.work / "source.part"
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            with disk_errors(part):
+                unpack_gguf(gguf, part)
+                _sync_folder(part)
+                replace_durably(part, folder)
+        return Location(folder)
+
+    def _calibration_tokens(self, source: StreamedModel) -> Tensor:
+        calibration = self.recipe.calibration
+        tokenizer = load_tokenizer(source.location)
+        if calibration.dataset == "self":
+            start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+            return text.generate_text(
+                lambda: load_model(source.location, source.model.dtype).to(self.device),
+                start, calibration.samples, calibration.length, self.recipe.seed,
+            )  # fmt: skip
+        documents = text.read_documents(calibration.dataset, "calibration", calibration.field)
+        tokens = text.pack(
+            text.tokenize(tokenizer, documents), calibration.samples, calibration.length, calibration.dataset
+        )
+        if len(tokens) < calibration.samples:
+            log.warning("%s: text for %d of %d sequences only", calibration.dataset, len(tokens), calibration.samples)
+        return tokens
+
+    # -- the result -------------------------------------------------------------------------------------------------
+
+    def _evaluate(
+        self, source: StreamedModel, plan: Plan, results: list[SiteResult], result: Path
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        from llmcompress_eval.compare import evaluate_pair
+
+        metrics: dict[str, Any] = {"fingerprint": self.fingerprint, "size": size_metrics(source, results, result)}
+        evaluation = self.recipe.eval
+        speed = None
+        if evaluation.perplexity or evaluation.speed:
+            with self._timed("evaluate"):
+                perplexity, speed = evaluate_pair(
+                    lambda: load_model(source.location, source.model.dtype).to(self.device),
+                    lambda: load_model(Location(result), source.model.dtype).to(self.device),
+                    load_tokenizer(source.location), evaluation, self.progress,
+                )  # fmt: skip
+            metrics["perplexity"] = perplexity
+        metrics["dense_sites"] = plan.structure.dense
+        metrics["sites"] = [asdict(item) for item in results]
+        return metrics, speed
+
+    def _finish(self, result: Path, metrics: dict[str, Any]) -> None:
+        recipe = self.recipe.model_dump(mode="json", exclude={"output"})
+        header = "# The recipe as run; the folder it was written to is left out.\n"
+        header += "".join(f"# {name} {version}\n" for name, version in versions().items())
+        write_text(result / "recipe.yaml", header + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+        write_text(result / METRICS, json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+        write_text(result / "README.md", model_card(self.recipe, metrics))
+        _sync_folder(result)
+        os.replace(result, self.output)
+        sync(self.output.parent)
+        for folder in self._all_work():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _all_work(self) -> Iterable[Path]:
+        return sorted(self.output.parent.glob(f".{self.output.name}.work-*"))
+
+    def _finished(self) -> bool:
+        path = self.output / METRICS
+        if not path.is_file():
+            return False
+        try:
+            return bool(json.loads(path.read_text()).get("fingerprint") == self.fingerprint)
+        except json.JSONDecodeError:
+            return False
+
+    def _check_output(self) -> None:
+        if self.output.is_file():
+            raise InputError(f"output: {self.output} is a file; name a folder")
+        if self.output.is_dir() and any(self.output.iterdir()):
+            raise InputError(
+                f"output: {self.output} holds something else already; name another folder or remove this one"
+            )
+        others = [folder for folder in self._all_work() if folder != self.work]
+        if others:
+            log.warning(
+                "%s: unfinished work of another recipe or model; not used, removed when this run ends", others[0]
+            )
+
+    def _timed(self, stage: str) -> _Timer:
+        return _Timer(self.seconds, stage)
+
+
+class _Timer:
+    def __init__(self, seconds: dict[str, float], stage: str) -> None:
+        self.seconds, self.stage = seconds, stage
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self._start
+
+
+def size_metrics(source: StreamedModel, results: list[SiteResult], folder: Path) -> dict[str, Any]:
+    """Values of the targeted matrices and of the whole model, and bytes of its tensor files, dense and compressed."""
+    dense_target = sum(result.dense_values for result in results)
+    stored_target = sum(result.stored_values for result in results)
+    ties = source.model.all_tied_weights_keys
+    whole = sum(t.numel() for name, t in source.model.state_dict().items() if name not in ties)
+    return {
+        "targeted": {"dense": dense_target, "compressed": stored_target, "removed": 1 - stored_target / dense_target},
+        "model": {
+            "dense": whole,
+            "compressed": whole - dense_target + stored_target,
+            "removed": (dense_target - stored_target) / whole,
+        },
+        "bytes": {
+            "dense": sum(t.numel() * t.element_size() for n, t in source.model.state_dict().items() if n not in ties),
+            "compressed": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that results depend on."""
+    return {
+        "llmcompress": llmcompress.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def choose_device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not (name == "cpu" or name.startswith("cuda")):
+        raise InputError(f"device: '{name}'; expected auto, cpu, cuda or cuda:N")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device: '{name}', but torch finds no GPU; use cpu or auto")
+    return name
+
+
+def _sync_folder(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        sync(path)
+    sync(folder)

@@ -1,0 +1,223 @@
+"""What to do, in data: the recipe, its checks and its overrides."""
+
+from __future__ import annotations
+
+import types
+import typing
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llmcompress import catalog
+from llmcompress.errors import InputError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Choice(BaseModel):
+    """A backend by name with its options: `name`, or `{name: ..., option: value}`."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = Field(description="name in the catalogue")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Calibration(Section):
+    dataset: str = Field(
+        "wikitext2", description="hub data set, .txt/.jsonl/.parquet file, python-docs, or self; NAME:SPLIT chooses a split"
+    )
+    field: str = Field("text", description="column or key that holds the text")
+    samples: int = Field(128, ge=1, description="sequences")
+    length: int = Field(1024, ge=2, description="tokens in a sequence")
+    batch_tokens: int = Field(4096, ge=1, description="tokens that pass through a block at a time")
+    backward_samples: int | None = Field(
+        None, ge=1, description="sequences for gradient statistics, where a method needs them; all if absent"
+    )
+    targets: Literal["labels", "sampled"] = Field(
+        "labels", description="what gradient statistics predict: the text's own tokens, or tokens the model draws"
+    )
+
+
+class Compress(BaseModel):
+    """One step: a method on some sites. Keys beyond these are the method's own options."""
+
+    model_config = ConfigDict(extra="allow")
+    method: str = Field(description="compressor in the catalogue")
+    targets: list[str] = Field(
+        default=["attention", "ffn"], min_length=1,
+        description="attention, ffn, a role (q k v qkv o gate up gate_up down), or regexes over module names",
+    )  # fmt: skip
+    ratio: float = Field(0.3, gt=0, lt=1, description="fraction of the targeted parameters removed")
+    allocation: Choice = Field(
+        default_factory=lambda: Choice(name="uniform"), description="how the budget is spread over the sites"
+    )
+    propagate: bool = Field(
+        False, description="each block is calibrated with what the compressed blocks before it produce"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_target(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("targets"), str):
+            return {**value, "targets": [value["targets"]]}
+        return value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    def build(self) -> Any:
+        """The compressor with its options."""
+        entry = catalog.get("compressor", self.method).load()
+        return entry(entry.Options(**self.options))
+
+    def build_allocation(self) -> Any:
+        entry = catalog.get("allocation", self.allocation.name).load()
+        return entry(entry.Options(**self.allocation.options))
+
+
+class Evaluation(Section):
+    perplexity: list[str] = Field(
+        default_factory=list, description="text sources, as in calibration; the test split unless one is named"
+    )
+    length: int = Field(1024, ge=2, description="tokens in a window")
+    windows: int | None = Field(16, ge=1, description="windows measured; null for the whole text")
+    field: str = Field("text", description="column or key that holds the text")
+    speed: bool = Field(False, description="measure tokens per second, dense and compressed")
+
+
+class Recipe(Section):
+    """A whole run: which model, calibrated on what, compressed how, evaluated on what, written where."""
+
+    model: str = Field(description="hub id, folder, .gguf file, or builtin:smollm2-135m-instruct")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the computation and the checkpoint; auto keeps the model's"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N: where blocks are run and factorised")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    trust_remote_code: bool = Field(False, description="run code that the model's folder brings along")
+    calibration: Calibration = Field(default_factory=Calibration, description="text that statistics are gathered from")
+    compress: list[Compress] = Field(min_length=1, description="steps, each on sites of its own")
+    eval: Evaluation = Field(default_factory=Evaluation, description="what is measured at the end")
+    max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?[KMG]?B$", description="largest safetensors file")
+    output: str = Field(description="folder of the result")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None) -> Recipe:
+        """Reads a YAML recipe, applies overrides such as `compress.0.ratio=0.4`, checks every key and option.
+
+        InputError: one line with file, key path, what is wrong, and the nearest valid name.
+        """
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such recipe") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read: {error}") from None
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(data, dict):
+            raise InputError(f"{path}: a recipe is a mapping of keys; see `llmcompress schema`")
+        for override in overrides or []:
+            _override(data, override)
+        return cls.parse(data, str(path))
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], source: str = "recipe") -> Recipe:
+        """Checks a recipe given as a mapping; methods' and allocations' options included."""
+        try:
+            recipe = cls.model_validate(data)
+        except ValidationError as error:
+            raise InputError(f"{source}: {_first_error(error, cls)}") from None
+        for index, step in enumerate(recipe.compress):
+            at = f"compress.{index}"
+            _check_choice(f"{source}: {at}.method", "compressor", step.method)
+            compressor = catalog.get("compressor", step.method).load()
+            _check_options(f"{source}: {at}", compressor.Options, step.options, tuple(Compress.model_fields))
+            _check_choice(f"{source}: {at}.allocation", "allocation", step.allocation.name)
+            allocation = catalog.get("allocation", step.allocation.name).load()
+            _check_options(f"{source}: {at}.allocation", allocation.Options, step.allocation.options, ("name",))
+        return recipe
+
+
+def _check_choice(at: str, kind: str, name: str) -> None:
+    try:
+        catalog.get(kind, name)
+    except InputError as error:
+        raise InputError(f"{at}: {error}") from None
+
+
+def _check_options(at: str, options: type[BaseModel], given: dict[str, Any], also: tuple[str, ...]) -> None:
+    try:
+        options(**given)
+    except ValidationError as error:
+        raise InputError(f"{at}.{_first_error(error, options, also)}") from None
+
+
+def _first_error(error: ValidationError, model: type[BaseModel], also: tuple[str, ...] = ()) -> str:
+    """`key.path: what is wrong`, with the nearest key for an unknown one."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    where = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, path[:-1]) + list(also)
+        return f"{where}: unknown key{catalog.nearest(path[-1], known)}"
+    if first["type"] == "missing":
+        return f"{where}: is required"
+    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}; got {first['input']!r}"
+
+
+def _fields_at(model: Any, path: list[str]) -> list[str]:
+    for part in path:
+        if not part.isdigit() and isinstance(model, type) and issubclass(model, BaseModel):
+            model = _inner_model(model.model_fields[part].annotation) if part in model.model_fields else None
+    return list(model.model_fields) if model is not None else []
+
+
+def _inner_model(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if isinstance(annotation, types.UnionType | types.GenericAlias) or typing.get_args(annotation):
+        return next((m for a in typing.get_args(annotation) if (m := _inner_model(a))), None)
+    return None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"--set {override}: expected KEY.PATH=VALUE, for instance compress.0.ratio=0.4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: the value is not YAML") from None
+    *parents, last = key.split(".")
+    try:
+        holder: Any = reduce(_child, parents, data)
+        if isinstance(holder, list):
+            holder[int(last)] = value
+        else:
+            holder[last] = value
+    except (KeyError, IndexError, ValueError, TypeError):
+        raise InputError(f"--set {override}: the recipe has no place '{key}'") from None
+
+
+def _child(holder: Any, part: str) -> Any:
+    if isinstance(holder, list):
+        return holder[int(part)]
+    if holder.get(part) is None:
+        holder[part] = {}
+    return holder[part]

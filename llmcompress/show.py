@@ -1,0 +1,63 @@
+"""What the command line prints: progress bars and tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn,
+)  # fmt: skip
+from rich.table import Table
+
+
+class Bars:
+    """Progress of the pipeline's stages as rich bars on standard error, with an estimate of what remains."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[detail]}"), console=console,
+        )  # fmt: skip
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def start(self, stage: str, total: int) -> None:
+        self._task = self._progress.add_task(stage, total=total, detail="")
+
+    def advance(self, detail: str) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, advance=1, detail=detail)
+
+
+def result_table(folder: Path, metrics: dict[str, Any], speed: dict[str, Any] | None) -> Table:
+    """Dense against compressed: parameters, bytes, perplexity, tokens per second."""
+    table = Table(title=str(folder), title_justify="left")
+    for column in ("", "dense", "compressed", ""):
+        table.add_column(column, justify="left" if not column else "right")
+    size = metrics["size"]
+    for key, label in (("targeted", "values, targeted matrices"), ("model", "values, whole model")):
+        part = size[key]
+        table.add_row(label, f"{part['dense']:,}", f"{part['compressed']:,.0f}", f"-{part['removed']:.1%}")
+    dense, compressed = size["bytes"]["dense"], size["bytes"]["compressed"]
+    table.add_row("bytes on disk", f"{dense:,}", f"{compressed:,}", f"-{1 - compressed / dense:.1%}")
+    for source, pair in metrics.get("perplexity", {}).items():
+        a, b = pair["dense"]["perplexity"], pair["compressed"]["perplexity"]
+        table.add_row(f"perplexity, {Path(source).name}", f"{a:.2f}", f"{b:.2f}", f"x{b / a:.2f}")
+    for key in ("prefill", "decode") if speed else ():
+        a, b = speed["dense"][key], speed["compressed"][key]  # type: ignore[index]
+        table.add_row(f"{key}, tokens/s", f"{a:,.1f}", f"{b:,.1f}", f"x{b / a:.2f}")
+    return table
+
+
+def seconds_line(seconds: dict[str, float]) -> str:
+    parts = ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())
+    return f"{sum(seconds.values()):.0f} s: {parts}"
