@@ -1,7 +1,7 @@
 """Registers the checkpoint format with transformers when transformers is used, not before.
 
-`import llmcompress` must make `from_pretrained` understand compressed checkpoints, and `llmcompress --help` must not wait
-for torch. So the registration hangs on the import of transformers' own registry.
+`import llmcompress` must make `from_pretrained` understand compressed checkpoints, and `llmcompress --help` must not
+wait for torch. So the registration hangs on the import of transformers' own registry.
 """
 
 from __future__ import annotations

@@ -36,13 +36,20 @@ def compress(
 ) -> PreTrainedModel:
     """Compresses a transformers model in place and returns it; `save_pretrained` then writes a compressed checkpoint.
 
-    ratio: fraction of the targeted parameters removed. calibration: keys of a recipe's `calibration` section, read with
-    `tokenizer`; or `tokens` (sequences, length) int64 directly. options: `allocation`, `propagate` and the method's own.
+    ratio: fraction of the targeted parameters removed. calibration: keys of a recipe's `calibration` section, read
+    with `tokenizer`; or `tokens` (sequences, length) int64 directly. options: `allocation`, `propagate` and the
+    method's own.
     InputError for anything that a recipe with the same values would be refused for; the model is then unchanged.
     """
     step = {"method": method, "ratio": ratio, "targets": list(targets), **options}
     recipe = Recipe.parse(
-        {"model": "in memory", "output": "in memory", "seed": seed, "calibration": calibration or {}, "compress": [step]},
+        {
+            "model": "in memory",
+            "output": "in memory",
+            "seed": seed,
+            "calibration": calibration or {},
+            "compress": [step],
+        },
         "compress()",
     )
     plan = make_plan(analyse(model), recipe.compress)

@@ -67,7 +67,7 @@ def _global(
 def apply(
     recipe: RecipeOption,
     overrides: SetOption = [],  # noqa: B006  (typer's way of an empty list)
-    output: Annotated[str | None, typer.Option("--output", "-o", help="folder of the result, instead of the recipe's")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="folder of the result")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
     """Run a recipe: calibrate, compress, save, evaluate. Killed and run again, it goes on where it stopped."""

@@ -74,7 +74,7 @@ def _estimate(plan: Plan, tokens: torch.Tensor, width: int) -> list[str]:
     speed = 5 * 2 * 1024**3 / (time.perf_counter() - start)
     seconds = (forward * passes + grams + factors) / speed
     width_model = max((site.d_in for site in plan.structure.sites if site.role in ("q", "qkv")), default=0)
-    block = max((sum(s.dense_values for s in plan.structure.in_block(i)) for i in range(len(plan.structure.blocks))))
+    block = max(sum(s.dense_values for s in plan.structure.in_block(i)) for i in range(len(plan.structure.blocks)))
     gram_bytes = max(sum(8 * d * d for d in {s.input: s.d_in for s in plan.structure.in_block(i)}.values())
                      for i in range(len(plan.structure.blocks)))  # fmt: skip
     streams = (len(plan.structure.blocks) + 1) if plan.backward_needs else 2

@@ -154,10 +154,14 @@ class Engine:
         following = f"{target}/{index + 1:05d}"
         output = self.store.new_hidden(following, self._shape, self.runner.dtype)
         collected = InputStatistics(sites, needs, self.runner.device)
-        with self.runner.block_loaded(index), torch.no_grad():
-            with capture_inputs(self.runner.model, sites if needs else [], collected.receive):
-                for rows in self._batches(len(hidden)):
-                    output[rows] = self.runner.run_block(index, hidden[rows].to(self.runner.device)).to(output)
+        read = sites if needs else []
+        with (
+            self.runner.block_loaded(index),
+            capture_inputs(self.runner.model, read, collected.receive),
+            torch.no_grad(),
+        ):
+            for rows in self._batches(len(hidden)):
+                output[rows] = self.runner.run_block(index, hidden[rows].to(self.runner.device)).to(output)
         check_finite(output, self.plan.structure.blocks[index])
         self.store.commit_hidden(following)
         return collected.sums
@@ -287,12 +291,12 @@ class Engine:
                     results += [asdict(result) for result in found]
         if self.plan.propagate:
             self._advance(index, layers)
-        shared = shared_tensors(layers)
-        tensors = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
-        self.store.put(f"blocks/{index:05d}", {k: v for k, v in tensors.items() if k not in shared}, results)
+        tied = shared_tensors(layers)
+        tensors = {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.state_dict().items()}
+        self.store.put(f"blocks/{index:05d}", {key: t for key, t in tensors.items() if key not in tied}, results)
 
     def _fresh_statistics(self, index: int) -> dict[str, Statistics] | None:
-        """Statistics gathered now: of the dense model in one pass, of the compressed prefix's stream if it propagates."""
+        """Statistics gathered now: of the dense model in one pass, of the compressed prefix's stream otherwise."""
         sites, needs = self._sites_in(index), self.plan.forward_needs
         if not self.plan.propagate:
             if self.plan.two_passes:

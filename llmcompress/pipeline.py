@@ -1,4 +1,4 @@
-"""Runs a recipe: load, calibrate, allocate, compress, save, evaluate. Killed at any instant, it goes on where it was."""
+"""Runs a recipe: load, calibrate, allocate, compress, save, evaluate; killed at any instant, it goes on."""
 
 from __future__ import annotations
 
@@ -25,10 +25,17 @@ from llmcompress.checkpoint.card import model_card
 from llmcompress.checkpoint.save import save_streamed
 from llmcompress.engine import Engine, Progress, Settings, Silent, SiteResult
 from llmcompress.errors import InputError
-from llmcompress.models.load import (
-    DTYPES, Location, StreamedModel, fingerprint, load_model, load_tokenizer, locate, unpack_gguf,
-)  # fmt: skip
 from llmcompress.models.files import file_digest
+from llmcompress.models.load import (
+    DTYPES,
+    Location,
+    StreamedModel,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    locate,
+    unpack_gguf,
+)  # fmt: skip
 from llmcompress.models.runner import Runner
 from llmcompress.models.structure import analyse
 from llmcompress.plan import Plan, make_plan
@@ -49,7 +56,9 @@ class Outcome:
     speed: dict[str, Any] | None = None
 
 
-def apply(recipe: Recipe | str | Path, *, overrides: list[str] | None = None, progress: Progress | None = None) -> Outcome:
+def apply(
+    recipe: Recipe | str | Path, *, overrides: list[str] | None = None, progress: Progress | None = None
+) -> Outcome:
     """Runs a recipe (or the YAML file at a path) from the model to the evaluated checkpoint.
 
     InputError for bad input, before anything is written; RunError for a failure on the way, after which the same call

@@ -88,7 +88,8 @@ def make_plan(structure: Structure, steps: Sequence[Compress]) -> Plan:
         sites = select_sites(structure, recipe.targets, f"compress.{index}.targets")
         for site in sites:
             if site.name in claimed:
-                raise InputError(f"compress.{index}.targets: {site.name} belongs to compress.{claimed[site.name]} already")
+                other = f"compress.{claimed[site.name]}"
+                raise InputError(f"compress.{index}.targets: {site.name} belongs to {other} already")
             claimed[site.name] = index
         compressor = recipe.build()
         units = sorted(compressor.units(sites), key=lambda unit: unit[-1].block)
@@ -113,7 +114,7 @@ def select_sites(structure: Structure, targets: Sequence[str], key: str) -> list
                 found = [site.name for site in structure.sites if re.search(target, site.name)]
             except re.error as error:
                 raise InputError(f"{key}: '{target}' is neither a role nor a regular expression ({error})") from None
-        if not found and len(targets) == 1 or not found and not roles:
+        if (not found and len(targets) == 1) or (not found and not roles):
             known = [*GROUPS, *sorted({site.role for site in structure.sites})]
             raise InputError(f"{key}: '{target}' matches no linear map of the blocks{nearest(target, known)}")
         chosen |= set(found)

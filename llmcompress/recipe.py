@@ -37,7 +37,8 @@ class Choice(BaseModel):
 
 class Calibration(Section):
     dataset: str = Field(
-        "wikitext2", description="hub data set, .txt/.jsonl/.parquet file, python-docs, or self; NAME:SPLIT chooses a split"
+        "wikitext2",
+        description="hub data set, .txt/.jsonl/.parquet file, python-docs, or self; NAME:SPLIT chooses a split",
     )
     field: str = Field("text", description="column or key that holds the text")
     samples: int = Field(128, ge=1, description="sequences")

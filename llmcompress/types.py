@@ -145,7 +145,8 @@ class Profile:
     """What an allocation may know of a unit before it is compressed.
 
     spectrum (p,): singular values, descending, of the unit's matrix in the compressor's own (whitened) space, float64:
-    dropping value j costs spectrum[j]². costs (p + 1,): dense values stored at rank 0..p. dense: values stored dense.
+    dropping value j costs spectrum[j]². costs (p + 1,): dense values stored at rank 0..p, never falling; a method that
+    needs a least size says so by costs that start there. dense: values stored dense.
     """
 
     sites: list[Site]
@@ -163,8 +164,8 @@ class Compressor(Protocol):
     def units(self, sites: Sequence[Site]) -> list[list[Site]]:
         """Groups the targeted sites (in block order) into units that are factorised together."""
 
-    def profile(self, problem: Problem) -> Profile:
-        """The unit's spectrum, for allocations that need one."""
+    def profile(self, problem: Problem, raw: bool = False) -> Profile:
+        """The unit's spectrum, for allocations that need one; `raw`: that of the weights, which takes no statistics."""
 
     def plan(self, sites: Sequence[Site], budget: Budget) -> dict[str, Any]:
         """Sizes chosen for the budget, without data: what a dry run prints (`rank`, `atoms`, ..., `values`)."""

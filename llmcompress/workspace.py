@@ -123,7 +123,7 @@ def _map(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).reshape(shape)
 
 
-class disk_errors:  # noqa: N801  (a context manager that reads like a statement)
+class disk_errors:
     """Turns a full disk or a refused write into a RunError that names the file."""
 
     def __init__(self, path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from rich.table import Table
+
 from llmcompress.engine import Progress
 from llmcompress.errors import InputError
 from llmcompress.models.load import DTYPES, load_model, load_tokenizer, locate
 from llmcompress.pipeline import choose_device
-from rich.table import Table
-
 from llmcompress_eval.compare import evaluation_windows
 from llmcompress_eval.perplexity import perplexity
 

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from llmcompress.calibration.text import read_documents, tokenize
-from llmcompress.engine import Progress
-from llmcompress.recipe import Evaluation
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from llmcompress.calibration.text import read_documents, tokenize
+from llmcompress.engine import Progress
+from llmcompress.recipe import Evaluation
 from llmcompress_eval.perplexity import perplexity, windows
 from llmcompress_eval.speed import measure
 
@@ -41,7 +41,9 @@ def evaluate_pair(
     One model is in memory at a time for perplexity, both for speed. An encoder, for which neither is defined, gives
     empty results.
     """
-    texts = evaluation_windows(tokenizer, evaluation.perplexity, evaluation.length, evaluation.windows, evaluation.field)
+    texts = evaluation_windows(
+        tokenizer, evaluation.perplexity, evaluation.length, evaluation.windows, evaluation.field
+    )
     dense = load_dense()
     if not dense.can_generate():  # type: ignore[operator]
         return {}, None
@@ -55,7 +57,7 @@ def evaluate_pair(
         return by_source, None
     progress.start("speed", 1)
     limit = getattr(compressed.config, "max_position_embeddings", 512)
-    prompt = torch.arange(min(512, limit // 2)).unsqueeze(0) % compressed.config.vocab_size
+    prompt = torch.arange(min(512, limit // 2)).unsqueeze(0) % int(compressed.config.vocab_size)  # type: ignore
     speeds = measure({"dense": dense, "compressed": compressed}, prompt)
     progress.advance("prefill and decode")
     return by_source, {name: asdict(speed) for name, speed in speeds.items()}

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from llmcompress.errors import InputError, RunError
 from torch import Tensor, nn
+
+from llmcompress.errors import InputError, RunError
 
 
 @dataclass(frozen=True)

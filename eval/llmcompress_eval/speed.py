@@ -19,9 +19,7 @@ class Speed:
     decode: float
 
 
-def measure(
-    models: Mapping[str, nn.Module], prompt: Tensor, new_tokens: int = 16, rounds: int = 3
-) -> dict[str, Speed]:
+def measure(models: Mapping[str, nn.Module], prompt: Tensor, new_tokens: int = 16, rounds: int = 3) -> dict[str, Speed]:
     """Speeds of causal models on one prompt (1, length) int64: one round uncounted, then `rounds` in turn, medians."""
     prefill: dict[str, list[float]] = {name: [] for name in models}
     decode: dict[str, list[float]] = {name: [] for name in models}

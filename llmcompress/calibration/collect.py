@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ def accumulate_gram(total: Tensor, left: Tensor, right: Tensor | None = None, pa
         total += left.T @ left
         return
     edges = [d * i // parts for i in range(parts + 1)]
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in itertools.pairwise(edges):
         tile = (left[:, a:b].T @ left[:, a:]).to(total.dtype)
         total[a:b, a:] += tile
         total[b:, a:b] += tile[:, b - a :].T
@@ -59,13 +61,15 @@ class InputStatistics:
     def __init__(self, sites: Iterable[Site], needs: frozenset[str], device: torch.device) -> None:
         self.needs, self.device = needs, device
         self.sites = [site for site in sites if site.input == site.name]
-        self.sums = {site.name: Statistics(**{name: self._zeros(name, site) for name in needs & FORWARD})
-                     for site in self.sites}  # fmt: skip
+        self.sums = {site.name: self._empty(site) for site in self.sites}
         self._dense: dict[str, Tensor] = {}
 
-    def _zeros(self, name: str, site: Site) -> Tensor:
-        shape = (site.d_in,) if name == "abs_sum" else (site.d_in, site.d_in)
-        return torch.zeros(shape, dtype=torch.float64, device=self.device)
+    def _empty(self, site: Site) -> Statistics:
+        shapes = {"gram": (site.d_in, site.d_in), "cross": (site.d_in, site.d_in), "abs_sum": (site.d_in,)}
+        zeros: dict[str, Any] = {
+            name: torch.zeros(shapes[name], dtype=torch.float64, device=self.device) for name in self.needs & FORWARD
+        }
+        return Statistics(**zeros)
 
     def receive(self, site: Site, x: Tensor) -> None:
         """Adds the rows x of an input."""

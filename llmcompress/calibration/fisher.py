@@ -55,7 +55,9 @@ class OutputStatistics:
 
     def _empty(self, site: Site, device: torch.device) -> Statistics:
         shapes = {"row_fisher": (site.d_in,), "column_fisher": (site.d_out,), "output_gram": (site.d_out, site.d_out)}
-        zeros = {name: torch.zeros(shapes[name], dtype=torch.float64, device=device) for name in self.needs}
+        zeros: dict[str, Any] = {
+            name: torch.zeros(shapes[name], dtype=torch.float64, device=device) for name in self.needs
+        }
         return Statistics(**zeros)
 
     def _forward_hook(self, site: Site) -> Callable[..., None]:
@@ -97,8 +99,8 @@ class FisherAccumulator:
     """Fisher weights of a model that is in memory: a context manager; `update(batch)` runs forward and backward.
 
     batch: input_ids and optionally labels and attention_mask, each (sequences, length) int64, one loss a sequence.
-    `row_weights[site]` (d_in,), `column_weights[site]` (d_out,) are means over sequences, float64. Accumulators merge by
-    `+`. Parameters' `grad` and `requires_grad` and the training mode are as before afterwards.
+    `row_weights[site]` (d_in,), `column_weights[site]` (d_out,) are means over sequences, float64. Accumulators
+    merge by `+`. Parameters' `grad` and `requires_grad` and the training mode are as before afterwards.
     InputError if a batch has no label; RunError naming the site if a gradient is not finite.
     """
 

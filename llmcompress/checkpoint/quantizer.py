@@ -30,7 +30,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
 
     def __init__(self, version: int = VERSION, sites: Specs | None = None, **_: Any) -> None:
         if version > VERSION:
-            raise InputError(f"checkpoint format {version} is newer than this llmcompress reads ({VERSION}); upgrade it")
+            raise InputError(f"checkpoint format {version} is newer than this llmcompress reads ({VERSION})")
         self.quant_method = METHOD
         self.version = version
         self.sites = sites or {}

@@ -12,8 +12,8 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmcompress.checkpoint.install import build_layer, install, structured_layers
-from llmcompress.checkpoint.quantizer import LLMCompressConfig, attach
+from llmcompress.checkpoint.install import build_layer, install
+from llmcompress.checkpoint.quantizer import attach
 from llmcompress.checkpoint.verify import write_checksums
 from llmcompress.checkpoint.writer import Entry, write_sharded
 from llmcompress.engine import SiteResult

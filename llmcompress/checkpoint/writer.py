@@ -49,7 +49,7 @@ def write_sharded(folder: Path, entries: Iterable[Entry], max_shard_size: str) -
     if len(shards) == 1:
         write_file(folder / "model.safetensors", shards[0])
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_file(folder / name, shard)
@@ -89,6 +89,6 @@ def write_file(path: Path, entries: list[Entry]) -> None:
             tensor = entry.read().detach().to(device="cpu", dtype=entry.dtype).contiguous()
             if tuple(tensor.shape) != entry.shape:
                 raise InputError(f"{entry.name}: shape {tuple(tensor.shape)}, expected {entry.shape}")
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         sync(path)

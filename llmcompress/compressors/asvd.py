@@ -15,14 +15,16 @@ from llmcompress.types import Statistics
 FLOOR = 1e-6  # added to every scale, so that an input that is never active can be scaled back
 
 
-class Options(LowRankOptions):
-    alpha: float = Field(0.5, gt=0, le=1, description="power of the mean activation magnitude that scales an input")
+class ASVDOptions(LowRankOptions):
+    alpha: float = Field(
+        default=0.5, gt=0, le=1, description="power of the mean activation magnitude that scales an input"
+    )
 
 
 def asvd_factorize(weight: Tensor, abs_mean: Tensor, rank: int, alpha: float = 0.5) -> LowRankFactors:
     """weight (d_out, d_in), abs_mean (d_in,) the mean of |x|; s = abs_mean^alpha + 1e-6, SVD of diag(s) W, float64.
 
-    Raises InputError for bad weights, magnitudes or rank. Source: arXiv 2312.05821, section 3.2.
+    Raises InputError for bad weights, magnitudes or rank. Source: arXiv 2312.05821
     """
     return _space(checked_weight(weight), abs_mean, alpha).factors(rank)
 
@@ -34,9 +36,9 @@ def _space(weight: Tensor, abs_mean: Tensor, alpha: float) -> Whitened:
 
 
 class ASVD(LowRankCompressor):
-    Options: ClassVar[type[Options]] = Options
+    Options: ClassVar[type[ASVDOptions]] = ASVDOptions
     needs = frozenset({"abs_sum"})
-    options: Options
+    options: ASVDOptions
 
     def space(self, weight: Tensor, statistics: Statistics, name: str) -> Whitened:
         abs_sum = statistics.require("abs_sum", name)

@@ -18,16 +18,17 @@ from llmcompress.types import Site, Statistics
 SHARING_ROLES = frozenset({"q", "k", "v", "qkv", "gate", "up", "gate_up"})
 
 
-class Options(PivotOptions):
-    layers: int = Field(2, ge=1, description="neighbouring blocks whose q, k, v, gate and up share a basis each")
+class BasisSharingOptions(PivotOptions):
+    layers: int = Field(
+        default=2, ge=1, description="neighbouring blocks whose q, k, v, gate and up share a basis each"
+    )
 
 
 def basis_sharing_factorize(weights: list[Tensor], grams: list[Tensor], rank: int) -> tuple[Tensor, list[Tensor]]:
     """One basis A (d_in, r) and coefficients B_i (r, d_out_i) with weight_i ≈ (A B_i)ᵀ, float64.
 
     weights (d_out_i, d_in), grams (d_in, d_in) of each one's inputs. Whitened SVD of [W_1 ... W_n] under the sum of the
-    Grams. Raises InputError for bad weights, Grams, ranks, or lists that differ in length. Source: arXiv 2410.03765,
-    section 3.
+    Grams. Raises InputError for bad weights, Grams, ranks, or lists that differ in length. Source: arXiv 2410.03765.
     """
     if not weights or len(weights) != len(grams):
         raise InputError(f"as many Grams as weights are needed, at least one; got {len(weights)} and {len(grams)}")
@@ -41,9 +42,9 @@ def basis_sharing_factorize(weights: list[Tensor], grams: list[Tensor], rank: in
 class BasisSharing(LowRankCompressor):
     """q, k, v, gate and up of `layers` neighbouring blocks are one unit each; all other sites are on their own."""
 
-    Options: ClassVar[type[Options]] = Options
+    Options: ClassVar[type[BasisSharingOptions]] = BasisSharingOptions
     needs = frozenset({"gram"})
-    options: Options
+    options: BasisSharingOptions
 
     def units(self, sites: Sequence[Site]) -> list[list[Site]]:
         units: list[list[Site]] = []

@@ -34,23 +34,23 @@ _READS = {
 }
 
 
-class Options(LowRankOptions):
+class FWSVDOptions(LowRankOptions):
     weighting: Literal["input", "output", "both", "gram"] = Field(
-        "input",
+        default="input",
         description="what is weighted: inputs by the Fisher (the paper), outputs, both, or inputs by their Gram",
     )
     rank_fraction: float | None = Field(
-        None, gt=0, lt=1, description="share of the full rank to keep, as in the paper; in place of ratio"
+        default=None, gt=0, lt=1, description="share of the full rank to keep, as in the paper; in place of ratio"
     )
-    allow_unused: bool = Field(False, description="factorise sites without any gradient by plain SVD")
+    allow_unused: bool = Field(default=False, description="factorise sites without any gradient by plain SVD")
 
 
 def fwsvd(weight: Tensor, row_weights: Tensor, rank: int, floor: float = FLOOR) -> LowRankFactors:
     """Minimiser of sum_i I_i ||W_i - (A B)_i||², W = weightᵀ: the error of input i's weights counts I_i.
 
     weight (d_out, d_in), row_weights (d_in,) of any scale, in units of their mean no less than `floor`; factors in
-    float64. All zero: plain SVD, and `repair` says so. Raises InputError for bad weights or ranks.
-    Source: arXiv 2207.00112, equation 8; balanced between the factors.
+    float64. All zero: taken as equal (plain SVD), and `repair` says so. Raises InputError for bad weights or ranks.
+    Source: arXiv 2207.00112; balanced between the factors.
     """
     weight = checked_weight(weight)
     return _space(weight, row_weights, None, None, floor).factors(rank)
@@ -115,15 +115,15 @@ def _root_weights(weights: Tensor, size: int, floor: float, device: torch.device
     weights = checked_vector(weights, size, "Fisher weights", device)
     mean = weights.mean()
     if mean == 0:
-        return torch.ones_like(weights), f"all {size} Fisher weights are zero; plain SVD"
+        return torch.ones_like(weights), f"all {size} Fisher weights of one side are zero; taken as equal"
     return (weights / mean).clamp_min(floor).sqrt(), None
 
 
 class FWSVD(LowRankCompressor):
-    Options: ClassVar[type[Options]] = Options
-    options: Options
+    Options: ClassVar[type[FWSVDOptions]] = FWSVDOptions
+    options: FWSVDOptions
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: FWSVDOptions | None = None) -> None:
         super().__init__(options)
         self.needs = frozenset(_READS[self.options.weighting])
 

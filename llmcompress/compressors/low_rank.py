@@ -7,16 +7,17 @@ decomposition in a space of its own; what a method adds is that space.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
-import numpy as np
 import scipy.linalg
 import torch
 from pydantic import BaseModel, Field
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from llmcompress.compressors.whitening import checked_weight
@@ -28,12 +29,12 @@ MAX_COEFFICIENT = 2.0  # pivots are swapped until no entry of the pivot form's B
 
 
 class PivotOptions(BaseModel, extra="forbid"):
-    pivot: bool = Field(True, description="store the pivot form: the same product, r² values fewer at rank r")
+    pivot: bool = Field(default=True, description="store the pivot form: the same product, r² values fewer at rank r")
 
 
 class LowRankOptions(PivotOptions):
     share: Literal["none", "input"] = Field(
-        "none", description="input: one basis A for all sites that read the same tensor, factorised jointly"
+        default="none", description="input: one basis A for all sites that read the same tensor, factorised jointly"
     )
 
 
@@ -60,7 +61,7 @@ class LowRankFactors:
 
 @dataclass(frozen=True)
 class PivotedFactors:
-    """weight[pivots] = Aᵀ, weight[~pivots] ≈ (A B)ᵀ: A (d_in, r), B (r, d_out - r), pivots (d_out,) bool with r true."""
+    """weight[pivots] = Aᵀ, weight[~pivots] ≈ (A B)ᵀ: A (d_in, r), B (r, d_out - r), pivots (d_out,) bool."""
 
     A: Tensor
     B: Tensor
@@ -83,43 +84,48 @@ def pivot(factors: LowRankFactors) -> PivotedFactors:
     so that the product is equal to rounding even in a narrow dtype. Stores r (d_in + d_out - r) values and a bit mask.
     Source: interpolative decomposition; the swaps are maxvol (Goreinov et al., 2010).
     """
-    basis, mix = torch.linalg.qr(factors.B.T)  # B = mixᵀ basisᵀ; basis (d_out, r) is orthonormal even where B is not
-    rows = basis.T.cpu().numpy()
-    order = scipy.linalg.qr(rows, mode="r", pivoting=True, check_finite=False)[1]
-    rank = len(rows)
+    basis, mix = torch.linalg.qr(factors.B.T.cpu())  # B = mixᵀ basisᵀ; basis (d_out, r) is orthonormal even if B is not
+    rows, rank = basis.T, basis.shape[1]
+    with _numpy_threads().limit(limits=1):
+        order = torch.from_numpy(scipy.linalg.qr(rows.numpy(), mode="r", pivoting=True, check_finite=False)[1]).long()
     chosen, coefficients = _dominant_columns(rows, order[:rank], order[rank:])
-    pivots = np.zeros(rows.shape[1], dtype=bool)
+    pivots = torch.zeros(rows.shape[1], dtype=torch.bool)
     pivots[chosen] = True
-    A = factors.A @ mix.T @ basis[torch.from_numpy(chosen).to(basis.device)].T
-    return PivotedFactors(
-        A,
-        torch.from_numpy(coefficients).to(A),
-        torch.from_numpy(pivots),
-        factors.singular_values,
-        factors.repair,
-    )
+    A = factors.A @ (mix.T @ rows[:, chosen]).to(factors.A)
+    return PivotedFactors(A, coefficients.to(A), pivots, factors.singular_values, factors.repair)
 
 
-def _dominant_columns(rows: np.ndarray, chosen: np.ndarray, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+@functools.cache
+def _numpy_threads() -> ThreadpoolController:
+    """SciPy's own BLAS, whose threads would compete with torch's for the cores: twice the time."""
+    return ThreadpoolController().select(internal_api="openblas")
+
+
+def _dominant_columns(rows: Tensor, chosen: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
     """Columns (ascending) that span `rows` (r, d), and the coefficients (r, d - r) of the others, at most 2 in size.
 
     Every swap at least doubles the volume of the chosen block, whose columns are bounded: it ends.
     """
-    chosen, rest = np.sort(chosen), np.sort(rest)
     while True:
-        coefficients = np.linalg.solve(rows[:, chosen], rows[:, rest])
-        if not coefficients.size or np.abs(coefficients).max() <= MAX_COEFFICIENT:
+        chosen, rest = chosen.sort().values, rest.sort().values
+        coefficients = torch.linalg.solve(rows[:, chosen], rows[:, rest])
+        if not coefficients.numel() or coefficients.abs().max() <= MAX_COEFFICIENT:
             return chosen, coefficients
         # Rank-one updates drift: the outer loop solves afresh before the result is believed.
-        while np.abs(coefficients).max() > MAX_COEFFICIENT:
-            i, j = np.unravel_index(np.abs(coefficients).argmax(), coefficients.shape)
-            change = coefficients[:, j] / coefficients[i, j]
-            change[i] -= 1 / coefficients[i, j]
-            coefficients[:, j] = 0
-            coefficients[i, j] = 1
-            coefficients -= np.outer(change, coefficients[i])
-            chosen[i], rest[j] = rest[j], chosen[i]
-        chosen, rest = np.sort(chosen), np.sort(rest)
+        while coefficients.abs().max() > MAX_COEFFICIENT:
+            i, j = divmod(int(coefficients.abs().argmax()), coefficients.shape[1])
+            exchange(coefficients, i, j)
+            leaving = int(chosen[i])
+            chosen[i], rest[j] = rest[j], leaving
+
+
+def exchange(coefficients: Tensor, i: int, j: int) -> None:
+    """The coefficients (r, m) of m columns over r chosen ones, when chosen i and other j change places; in place."""
+    change = coefficients[:, j] / coefficients[i, j]
+    change[i] -= 1 / coefficients[i, j]
+    coefficients[:, j] = 0
+    coefficients[i, j] = 1
+    coefficients -= torch.outer(change, coefficients[i])
 
 
 # --- ranks and costs -------------------------------------------------------------------------------------------------
@@ -173,8 +179,11 @@ def rank_from_fraction(d_in: int, d_outs: Sequence[int], fraction: float, pivote
 class Space(Protocol):
     """Where a method measures the weight's error. `measures_output`: that error is the site's output error."""
 
-    repair: str | None
-    measures_output: bool
+    @property
+    def repair(self) -> str | None: ...
+
+    @property
+    def measures_output(self) -> bool: ...
 
     def spectrum(self) -> Tensor:
         """All singular values of the weight in this space, descending: dropping one costs its square."""
@@ -185,13 +194,15 @@ class Space(Protocol):
 
 @dataclass(frozen=True)
 class Whitened:
-    """Space of `matrix` (d_in, d_out) = T weightᵀ diag(output_scale), T a map of the inputs.
+    """Space of `matrix` (d_in, d_out) = T weightᵀ Q diag(output_scale), T a map of the inputs, Q one of the outputs.
 
-    undo: (d_in, r) -> T⁻¹ of it; None where T is the identity. output_scale (d_out,) or None.
+    undo: (d_in, r) -> T⁻¹ of it; None where T is the identity. undo_output: (r, d_out) -> it times Q⁻¹, likewise.
+    output_scale (d_out,) or None.
     """
 
     matrix: Tensor
     undo: Callable[[Tensor], Tensor] | None = None
+    undo_output: Callable[[Tensor], Tensor] | None = None
     output_scale: Tensor | None = None
     repair: str | None = None
     measures_output: bool = False
@@ -209,6 +220,8 @@ class Whitened:
             A = self.undo(A)
         if self.output_scale is not None:
             B = B / self.output_scale
+        if self.undo_output is not None:
+            B = self.undo_output(B)
         return LowRankFactors(A, B, s, self.repair)
 
 
@@ -250,10 +263,10 @@ class LowRankCompressor(ABC):
         self.options = options if options is not None else self.Options()
 
     @abstractmethod
-    def space(self, weight: Tensor, statistics: Statistics, name: str) -> Space:
+    def space(self, weight: Tensor, statistics: JointStatistics, name: str) -> Space:
         """The space for one unit: weight (sum d_out, d_in) float64, finite; `name` for `Statistics.require`."""
 
-    def refine(self, factors: LowRankFactors, weight: Tensor, statistics: Statistics, name: str) -> LowRankFactors:
+    def refine(self, factors: LowRankFactors, weight: Tensor, statistics: JointStatistics, name: str) -> LowRankFactors:
         """What a method does to the factors after the truncation; nothing by default."""
         return factors
 
@@ -271,9 +284,10 @@ class LowRankCompressor(ABC):
             groups.setdefault(site.input, []).append(site)
         return list(groups.values())
 
-    def profile(self, problem: Problem) -> Profile:
+    def profile(self, problem: Problem, raw: bool = False) -> Profile:
         with naming(problem.name):
-            space = self.space(stacked_weight(problem), joint_statistics(problem), problem.name)
+            weight = stacked_weight(problem)
+            space = Whitened(weight) if raw else self.space(weight, joint_statistics(problem), problem.name)
             spectrum = space.spectrum().cpu()
         sites = problem.sites
         return Profile(sites, spectrum, self._costs(sites), sum(site.dense_values for site in sites))
@@ -306,19 +320,26 @@ class LowRankCompressor(ABC):
 
 
 def stacked_weight(problem: Problem) -> Tensor:
-    """The unit's weights below one another, (sum d_out, d_in), float64. InputError if one is not finite or misshapen."""
+    """The unit's weights below one another, (sum d_out, d_in), float64. InputError if one is malformed."""
     for site, weight in zip(problem.sites, problem.weights, strict=True):
         if tuple(weight.shape) != (site.d_out, site.d_in):
             raise InputError(f"{site.name}: the weight must be ({site.d_out}, {site.d_in}); got {tuple(weight.shape)}")
     return torch.cat([checked_weight(weight) for weight in problem.weights])
 
 
-def joint_statistics(problem: Problem) -> Statistics:
-    """Statistics of the stacked weight: input-side sums over the distinct inputs, Fisher rows summed, columns stacked."""
+@dataclass
+class JointStatistics(Statistics):
+    """Statistics of a stacked weight. parts: those of its sites, in order; output-side Grams are found only there."""
+
+    parts: list[Statistics] = field(default_factory=list)
+
+
+def joint_statistics(problem: Problem) -> JointStatistics:
+    """Inputs' sums over the distinct inputs, Fisher rows summed, columns joined."""
     if len(problem.sites) == 1:
-        return problem.statistics[0]
+        return JointStatistics(**vars(problem.statistics[0]), parts=problem.statistics)
     inputs = list({site.input: found for site, found in zip(problem.sites, problem.statistics, strict=True)}.values())
-    return Statistics(
+    return JointStatistics(
         tokens=sum(found.tokens for found in inputs),
         sequences=problem.statistics[0].sequences,
         gram=_total([found.gram for found in inputs]),
@@ -326,6 +347,7 @@ def joint_statistics(problem: Problem) -> Statistics:
         cross=_total([found.cross for found in inputs]),
         row_fisher=_total([found.row_fisher for found in problem.statistics]),
         column_fisher=_stacked([found.column_fisher for found in problem.statistics]),
+        parts=problem.statistics,
     )
 
 

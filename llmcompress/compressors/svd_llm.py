@@ -10,20 +10,21 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.compressors.low_rank import LowRankCompressor, LowRankFactors, LowRankOptions, Whitened
-from llmcompress.compressors.whitening import checked_gram, checked_weight, damped_cholesky
+from llmcompress.compressors.whitening import check_semidefinite, checked_gram, checked_weight, damped_cholesky
 from llmcompress.errors import InputError
 from llmcompress.types import Statistics
 
 Whitening = Literal["cholesky", "eigh"]
 
 
-class Options(LowRankOptions):
+class SVDLLMOptions(LowRankOptions):
     whitening: Whitening = Field(
-        "cholesky",
+        default="cholesky",
         description="square root of the Gram: cholesky shifts a singular one, eigh leaves its null space out",
     )
     refit: bool = Field(
-        False, description="refit the output factor to the dense model's outputs on the compressed prefix's inputs"
+        default=False,
+        description="refit the output factor to the dense model's outputs on the compressed prefix's inputs",
     )
 
 
@@ -32,7 +33,7 @@ def svd_llm_factorize(weight: Tensor, gram: Tensor, rank: int, whitening: Whiten
 
     weight (d_out, d_in), gram (d_in, d_in) = Xᵀ X; factors in float64. A singular Gram is shifted ("cholesky") or its
     null space is left out ("eigh"), and `repair` says so. Raises InputError for bad weights, Grams or ranks.
-    Source: arXiv 2403.07378, section 3.1; "eigh": arXiv 2503.12340, section 3.2.
+    Source: arXiv 2403.07378; "eigh": arXiv 2503.12340
     """
     return whitened(checked_weight(weight), gram, whitening).factors(rank)
 
@@ -52,6 +53,7 @@ def whitened(weight: Tensor, gram: Tensor, whitening: Whitening = "cholesky") ->
 
 def _eigh_space(weight: Tensor, gram: Tensor) -> Whitened:
     eigenvalues, vectors = torch.linalg.eigh(gram)
+    check_semidefinite(eigenvalues)
     kept = eigenvalues > len(gram) * torch.finfo(torch.float64).eps * eigenvalues[-1]
     root = torch.where(kept, eigenvalues, 0).sqrt()[:, None]
     inverse = torch.where(kept[:, None], 1 / root, 0)
@@ -67,7 +69,7 @@ def refit_output_factor(A: Tensor, gram_shifted: Tensor, cross_times_weight: Ten
     """B (r, d_out) minimising ||X' A B - X W||_F: X' from the compressed prefix, X from the dense model, float64.
 
     A (d_in, r); gram_shifted (d_in, d_in) = X'ᵀ X'; cross_times_weight (d_in, d_out) = X'ᵀ X W. The minimiser of least
-    norm where Aᵀ gram A is singular. Source: arXiv 2403.07378, section 3.2, the update of its steps 2 and 3.
+    norm where Aᵀ gram A is singular. Source: arXiv 2403.07378, the update of its steps 2 and 3.
     """
     A, target = A.double(), cross_times_weight.double()
     gram = checked_gram(gram_shifted, A.T)
@@ -82,10 +84,10 @@ def refit_output_factor(A: Tensor, gram_shifted: Tensor, cross_times_weight: Ten
 
 
 class SVDLLM(LowRankCompressor):
-    Options: ClassVar[type[Options]] = Options
-    options: Options
+    Options: ClassVar[type[SVDLLMOptions]] = SVDLLMOptions
+    options: SVDLLMOptions
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: SVDLLMOptions | None = None) -> None:
         super().__init__(options)
         self.needs = frozenset({"gram", "cross"} if self.options.refit else {"gram"})
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from llmcompress.compressors.low_rank import LowRankCompressor, LowRankFactors, check_rank
-from llmcompress.compressors.whitening import checked_gram, checked_weight
+from llmcompress.compressors.whitening import check_semidefinite, checked_gram, checked_weight
 from llmcompress.types import Statistics
 
 
 @dataclass(frozen=True)
 class OutputCovariance:
-    """Space of C = weight gram weightᵀ = Yᵀ Y: what the outputs span. weight (d_out, d_in), gram (d_in, d_in), float64."""
+    """Space of C = weight gram weightᵀ = Yᵀ Y, the outputs'. weight (d_out, d_in), gram (d_in, d_in), float64."""
 
     weight: Tensor
     gram: Tensor
@@ -54,6 +54,7 @@ def swift_svd_factorize(weight: Tensor, gram: Tensor, rank: int) -> LowRankFacto
 
 
 def _descending_roots(eigenvalues: Tensor) -> Tensor:
+    check_semidefinite(eigenvalues)
     return eigenvalues.flip(0).clamp_min(0).sqrt()
 
 

@@ -44,11 +44,17 @@ def checked_vector(vector: Tensor, size: int, name: str, device: torch.device) -
     return vector.detach().to(device, torch.float64)
 
 
+def check_semidefinite(eigenvalues: Tensor) -> None:
+    """InputError if an eigenvalue (ascending) is negative beyond what rounding explains."""
+    if float(eigenvalues[0]) < -1e-6 * float(eigenvalues[-1].abs()):
+        raise InputError(f"the Gram is not positive semi-definite: smallest eigenvalue {float(eigenvalues[0]):.3g}")
+
+
 def damped_cholesky(gram: Tensor) -> tuple[Tensor, str | None]:
     """Upper triangular R with Rᵀ R = gram (d, d), float64; and the remedy, where the Gram was singular.
 
     A Gram that is not safely positive definite is shifted by -lambda_min (if negative) plus a ten-billionth of its mean
-    diagonal: little enough that the minimiser moves by less than 1e-5. Source: arXiv 2403.07378, appendix.
+    diagonal, or what rounding needs if that is more. Source: arXiv 2403.07378.
     """
     d = len(gram)
     epsilon = d * torch.finfo(torch.float64).eps
@@ -57,8 +63,7 @@ def damped_cholesky(gram: Tensor) -> tuple[Tensor, str | None]:
         return upper, None
     eigenvalues = torch.linalg.eigvalsh(gram)
     smallest, largest, mean = float(eigenvalues[0]), float(eigenvalues[-1]), float(gram.diagonal().mean())
-    if largest <= 0 or smallest < -1e-6 * largest:
-        raise InputError(f"the Gram is not positive semi-definite: smallest eigenvalue {smallest:.3g}")
+    check_semidefinite(eigenvalues)
     shift = max(0.0, -smallest) + max(1e-10 * mean, 10 * epsilon * largest)
     rank = int((eigenvalues > epsilon * largest).sum())
     upper = torch.linalg.cholesky(gram + shift * torch.eye(d, dtype=gram.dtype, device=gram.device), upper=True)

@@ -14,10 +14,10 @@ from llmcompress.layers.base import StructuredLinear
 class LowRankLinear(StructuredLinear):
     """y = x A B + bias with A (d_in, r) and B (r, d_out), or the pivot form of the same product.
 
-    Pivot form: p of the coordinates of z = x A are outputs themselves, so that B keeps only the other d_out - p columns:
-    y = cat(z[offset : offset + p], z B)[index] + bias. `pivots` (ceil(d_out / 8),) uint8 is a bit mask, lowest bit
-    first, of the outputs that are pivots; the pivots in ascending order are z[offset : offset + p]. A layer on its own
-    has p = r and offset 0; layers that share one A own a slice of z each. p = 0 is the plain form, without a mask.
+    Pivot form: p of the coordinates of z = x A are outputs themselves, so that B keeps only the other d_out - p
+    columns: y = cat(z[offset : offset + p], z B)[index] + bias. `pivots` (ceil(d_out / 8),) uint8 is a bit mask,
+    lowest bit first, of the outputs that are pivots; in ascending order they are z[offset : offset + p]. A layer on its
+    own has p = r and offset 0; layers that share one A own a slice of z each. p = 0 is the plain form, without a mask.
 
     `index` (d_out,) int64 is derived from the mask by `after_load`, and not saved.
     """

@@ -76,7 +76,7 @@ def _builtin(model: str) -> Location:
 
 def _from_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
     try:
@@ -170,8 +170,8 @@ def unpack_gguf(location: Location, folder: Path) -> Location:
 class StreamedModel:
     """A transformers model on the meta device whose tensors are read from its files on demand.
 
-    `load(prefix)` puts the tensors below a module path on `device`, `release(prefix)` takes them off again. transformers
-    itself maps checkpoint names to module names (its disk-offload index), so every architecture it knows works.
+    `load` puts the tensors of some names on `device`, `release` takes them off again. transformers itself maps
+    checkpoint names to module names (its disk-offload index), so every architecture it knows works.
     """
 
     def __init__(

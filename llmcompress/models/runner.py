@@ -16,7 +16,7 @@ from llmcompress.models.structure import Structure, no_cache
 from llmcompress.types import Site
 
 
-class _Stop(Exception):  # noqa: N818  (control flow, no error)
+class _Stop(Exception):
     """Raised inside the model to leave its forward pass."""
 
 
@@ -160,6 +160,4 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def check_finite(hidden: Tensor, where: str) -> None:
     """RunError naming the place unless every value is finite."""
     if not torch.isfinite(hidden).all():
-        raise RunError(f"{where}: its output is not finite; compress in float32 or bfloat16 (dtype:), or check the model")
-
-
+        raise RunError(f"{where}: its output is not finite; use dtype: float32 or bfloat16, or check the model")

@@ -67,14 +67,14 @@ def analyse(model: PreTrainedModel) -> Structure:
 
 def dimensions(module: nn.Module) -> tuple[int, int]:
     """(d_in, d_out) of a linear map."""
-    rows, columns = module.weight.shape
+    rows, columns = module.get_parameter("weight").shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         skeleton = type(model)(model.config)
-    for module in skeleton.modules():
+    for _, module in skeleton.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim <= 1:  # norm gains and biases: small, and used by elementwise operations
                 zeros = torch.zeros(parameter.shape, dtype=torch.float32)
@@ -218,7 +218,9 @@ def _list_dense(model: PreTrainedModel, skeleton: PreTrainedModel, structure: St
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim >= 3:
                 structure.dense[f"{name}.{parameter_name}"] = f"{parameter.ndim}-dimensional tensor (experts?)"
-        if isinstance(module, LINEARS) and name not in known and any(name.startswith(b + ".") for b in structure.blocks):
+        if name in known or not isinstance(module, (*LINEARS, nn.Embedding)):
+            continue
+        if any(name.startswith(block + ".") for block in structure.blocks):
             structure.dense[name] = "not called, or called more than once, in one pass"
-        elif isinstance(module, (*LINEARS, nn.Embedding)) and name not in known:
+        else:
             structure.dense[name] = "outside the blocks"

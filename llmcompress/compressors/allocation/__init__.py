@@ -1,0 +1,1 @@
+"""How one global budget is spread over the units: a file an allocation."""
