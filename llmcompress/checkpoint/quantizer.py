@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmcompress.checkpoint.install import Specs, build_layer, install, layer_spec, structured_layers
 from llmcompress.checkpoint.verify import check_files
 from llmcompress.errors import InputError
+from llmcompress.layers.base import StructuredLinear
 
 if TYPE_CHECKING:  # transformers may still be importing itself when this module is imported
     from transformers import PreTrainedModel
@@ -25,15 +27,23 @@ VERSION = 1
 class LLMCompressConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed checkpoint: the format's version and the structured sites.
 
-    sites: module path -> {"type": layer kind, ...} as the layer's `spec` gives it.
+    sites: module path -> {"type": layer kind, ...} as the layer's `spec` gives it. checksums: SHA-256 of the tensor
+    files beside this config; a loaded model forgets them, since they are wrong for whatever it saves.
     """
 
-    def __init__(self, version: int = VERSION, sites: Specs | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        version: int = VERSION,
+        sites: Specs | None = None,
+        checksums: dict[str, str] | None = None,
+        **_: Any,
+    ) -> None:
         if version > VERSION:
             raise InputError(f"checkpoint format {version} is newer than this llmcompress reads ({VERSION})")
         self.quant_method = METHOD
         self.version = version
         self.sites = sites or {}
+        self.checksums = checksums or {}
 
 
 @register_quantizer(METHOD)
@@ -44,7 +54,8 @@ class LLMCompressQuantizer(HfQuantizer):
     quantization_config: LLMCompressConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        check_files([Path(file) for file in kwargs.get("checkpoint_files") or []])
+        check_files([Path(file) for file in kwargs.get("checkpoint_files") or []], self.quantization_config.checksums)
+        self.quantization_config.checksums = {}
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         layers = {}
         for name, spec in self.quantization_config.sites.items():
@@ -54,6 +65,7 @@ class LLMCompressQuantizer(HfQuantizer):
                 raise InputError(f"config.json: quantization_config.sites: the model has no module {name}") from None
             layers[name] = build_layer(name, spec, dtype, "meta")
         install(model, layers)
+        _skip_initialisation(model, layers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for layer in structured_layers(model).values():
@@ -73,6 +85,14 @@ class LLMCompressQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _skip_initialisation(model: PreTrainedModel, layers: Mapping[str, StructuredLinear]) -> None:
+    """Some models initialise a block's linear maps from their parent, by a `weight` that structured layers lack."""
+    for name in layers:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if not [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]:
+            parent._is_hf_initialized = True
 
 
 def attach(model: PreTrainedModel) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from llmcompress.checkpoint.install import build_layer, install
 from llmcompress.checkpoint.quantizer import attach
-from llmcompress.checkpoint.verify import write_checksums
+from llmcompress.checkpoint.verify import checksums
 from llmcompress.checkpoint.writer import Entry, write_sharded
 from llmcompress.engine import SiteResult
 from llmcompress.models.load import Location, StreamedModel, load_tokenizer, quiet_transformers
@@ -24,7 +24,7 @@ from llmcompress.workspace import Store
 def save_streamed(
     folder: Path, source: StreamedModel, results: Sequence[SiteResult], store: Store, max_shard_size: str
 ) -> None:
-    """Weights, config, generation config, tokenizer and checksums of a compressed model; memory holds one tensor."""
+    """Weights, config with their checksums, generation config and tokenizer; memory holds one tensor."""
     folder.mkdir(parents=True, exist_ok=True)
     dtype = source.model.dtype
     skeleton = _skeleton(source.model)
@@ -34,13 +34,13 @@ def save_streamed(
     write_sharded(folder, entries, max_shard_size)
     attach(skeleton)
     with quiet_transformers():
+        skeleton.config.quantization_config.checksums = checksums(folder)
         skeleton.config.architectures = [type(skeleton).__name__]
         skeleton.config.dtype = str(dtype).removeprefix("torch.")
         skeleton.config.save_pretrained(folder)
         if skeleton.can_generate():
             source.model.generation_config.save_pretrained(folder)
     _save_tokenizer(source.location, folder)
-    write_checksums(folder)
 
 
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:

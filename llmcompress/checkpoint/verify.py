@@ -11,28 +11,21 @@ from safetensors import SafetensorError, safe_open
 from llmcompress.errors import InputError, RunError
 from llmcompress.models.files import file_digest
 
-CHECKSUMS = "checksums.json"
 
-
-def write_checksums(folder: Path) -> None:
-    """Records the SHA-256 of every tensor file of a folder."""
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every tensor file of a folder, by name."""
     files = sorted(folder.glob("*.safetensors"))
     with ThreadPoolExecutor(4) as pool:
-        digests = dict(zip((f.name for f in files), pool.map(file_digest, files), strict=True))
-    (folder / CHECKSUMS).write_text(json.dumps(digests, indent=2) + "\n")
+        return dict(zip((file.name for file in files), pool.map(file_digest, files), strict=True))
 
 
-def check_files(files: list[Path]) -> None:
+def check_files(files: list[Path], recorded: dict[str, str]) -> None:
     """RunError naming the first tensor file that is missing, unreadable, or not the one that was written.
 
     A file with a recorded SHA-256 is hashed, about a second a gigabyte; one without is opened and its size checked.
     """
-    by_folder: dict[Path, dict[str, str]] = {}
-    for folder in {file.parent for file in files}:
-        recorded = folder / CHECKSUMS
-        by_folder[folder] = json.loads(recorded.read_text()) if recorded.is_file() else {}
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda file: _check(file, by_folder[file.parent].get(file.name)), files))
+        list(pool.map(lambda file: _check(file, recorded.get(file.name)), files))
 
 
 def _check(file: Path, expected: str | None) -> None:
@@ -52,16 +45,17 @@ def verify(folder: Path) -> int:
 
     InputError if the folder is no compressed checkpoint, or records no checksums.
     """
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise InputError(f"{folder}: not a checkpoint: it has no config.json")
-    if not (folder / CHECKSUMS).is_file():
-        raise InputError(f"{folder}: records no checksums ({CHECKSUMS}); they are written by llmcompress")
     try:
-        names = sorted(json.loads((folder / CHECKSUMS).read_text()))
-    except json.JSONDecodeError as error:
-        raise RunError(f"{folder / CHECKSUMS}: corrupt: {error}") from None
-    unrecorded = {file.name for file in folder.glob("*.safetensors")} - set(names)
+        recorded: dict[str, str] = json.loads(path.read_text()).get("quantization_config", {}).get("checksums", {})
+    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: corrupt: {error}") from None
+    if not recorded:
+        raise InputError(f"{path}: records no checksums; `llmcompress apply` does, `save_pretrained` does not")
+    unrecorded = {file.name for file in folder.glob("*.safetensors")} - set(recorded)
     if unrecorded:
-        raise RunError(f"{folder / sorted(unrecorded)[0]}: not recorded in {CHECKSUMS}")
-    check_files([folder / name for name in names])
-    return len(names)
+        raise RunError(f"{folder / sorted(unrecorded)[0]}: not recorded in config.json")
+    check_files([folder / name for name in sorted(recorded)], recorded)
+    return len(recorded)
