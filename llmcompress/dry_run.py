@@ -20,7 +20,7 @@ def plan_tables(recipe: Recipe) -> list[Table | str]:
     pipeline = Pipeline(recipe, Silent())
     fresh = not pipeline.work.exists()
     try:
-        source, plan, tokens = pipeline.prepare()
+        source, plan, tokens, _ = pipeline.prepare()
         width = source.model.dtype.itemsize
         tables: list[Table | str] = []
         stored = 0.0

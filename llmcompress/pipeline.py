@@ -90,12 +90,15 @@ class Pipeline:
     # -- the run ----------------------------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
-        if self._finished():
+        finished = self._finished()
+        if finished and finished["evaluation"] == self._evaluation_digest():
             log.info("%s: already finished for this recipe and model", self.output)
-            return Outcome(self.output, json.loads((self.output / METRICS).read_text()), {})
-        self._check_output()
-        source, plan, tokens = self.prepare()
-        self.work.mkdir(parents=True, exist_ok=True)
+            return Outcome(self.output, finished, {})
+        if not finished:
+            self._check_output()
+        source, plan, tokens, texts = self.prepare()
+        if finished:
+            return self._evaluate_again(source, finished, texts)
         store = DiskStore(self.work / "store")
         runner = Runner(source, plan.structure)
         calibration = self.recipe.calibration
@@ -108,18 +111,47 @@ class Pipeline:
         with self._timed("save"), disk_errors(result):
             shutil.rmtree(result, ignore_errors=True)
             save_streamed(result, source, results, store, self.recipe.max_shard_size)
-        metrics, speed = self._evaluate(source, plan, results, result)
+        metrics = {
+            "fingerprint": self.fingerprint,
+            "size": size_metrics(source, results, result),
+            "dense_sites": plan.structure.dense,
+            "sites": [asdict(item) for item in results],
+        }
+        speed = self._evaluate(source, result, metrics, texts)
         with disk_errors(result):
-            self._finish(result, metrics)
+            self._describe(result, metrics)
+            _sync_folder(result)
+            os.replace(result, self.output)
+            sync(self.output.parent)
+        self._remove_work()
         return Outcome(self.output, metrics, self.seconds, speed)
 
-    def prepare(self) -> tuple[StreamedModel, Plan, Tensor]:
-        """Opens the model, plans the steps and reads the calibration text: all that can be wrong in the input."""
-        with self._timed("load"):
-            source = self.open_model()
-            plan = make_plan(analyse(source.model), self.recipe.compress)
-            tokens = self._calibration_tokens(source)
-        return source, plan, tokens
+    def _evaluate_again(self, source: StreamedModel, metrics: dict[str, Any], texts: dict[str, Tensor]) -> Outcome:
+        """The weights are there; only the recipe's `eval` section is another."""
+        log.info("%s: compressed already; only evaluated again", self.output)
+        speed = self._evaluate(source, self.output, metrics, texts)
+        with disk_errors(self.output):
+            self._describe(self.output, metrics)
+        self._remove_work()
+        return Outcome(self.output, metrics, self.seconds, speed)
+
+    def prepare(self) -> tuple[StreamedModel, Plan, Tensor, dict[str, Tensor]]:
+        """Opens the model, plans the steps, reads the calibration and evaluation texts: all that can be wrong.
+
+        Bad input leaves nothing behind.
+        """
+        fresh = not self.work.exists()
+        try:
+            with self._timed("load"):
+                source = self.open_model()
+                plan = make_plan(analyse(source.model), self.recipe.compress)
+                texts = self._evaluation_texts(source)
+                tokens = self._calibration_tokens(source)
+        except InputError:
+            if fresh:
+                shutil.rmtree(self.work, ignore_errors=True)
+            raise
+        return source, plan, tokens, texts
 
     def open_model(self) -> StreamedModel:
         location = self.location
@@ -159,52 +191,73 @@ class Pipeline:
             log.warning("%s: text for %d of %d sequences only", calibration.dataset, len(tokens), calibration.samples)
         return tokens
 
+    def _evaluation_texts(self, source: StreamedModel) -> dict[str, Tensor]:
+        from llmcompress_eval.compare import evaluation_windows
+        from llmcompress_eval.perplexity import check_length
+
+        evaluation = self.recipe.eval
+        if evaluation.perplexity:
+            check_length(source.model, evaluation.length)
+        return evaluation_windows(
+            load_tokenizer(source.location),
+            evaluation.perplexity,
+            evaluation.length,
+            evaluation.windows,
+            evaluation.field,
+        )
+
     # -- the result -------------------------------------------------------------------------------------------------
 
+    def _evaluation_digest(self) -> str:
+        """Identifies what is measured. Speed is not: it is printed, and no part of the files."""
+        evaluation = self.recipe.eval.model_dump(mode="json", exclude={"speed"})
+        texts = [file_digest(path) for path in map(Path, self.recipe.eval.perplexity) if path.is_file()]
+        return digest([evaluation, texts])
+
     def _evaluate(
-        self, source: StreamedModel, plan: Plan, results: list[SiteResult], result: Path
-    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        self, source: StreamedModel, result: Path, metrics: dict[str, Any], texts: dict[str, Tensor]
+    ) -> dict[str, Any] | None:
+        """Adds the perplexities to the metrics; returns the speeds."""
         from llmcompress_eval.compare import evaluate_pair
 
-        metrics: dict[str, Any] = {"fingerprint": self.fingerprint, "size": size_metrics(source, results, result)}
+        metrics |= {"evaluation": self._evaluation_digest(), "perplexity": {}}
         evaluation = self.recipe.eval
         speed = None
         if evaluation.perplexity or evaluation.speed:
             with self._timed("evaluate"):
-                perplexity, speed = evaluate_pair(
+                metrics["perplexity"], speed = evaluate_pair(
                     lambda: load_model(source.location, source.model.dtype).to(self.device),
                     lambda: load_model(Location(result), source.model.dtype).to(self.device),
-                    load_tokenizer(source.location), evaluation, self.progress,
+                    texts, evaluation.speed, self.progress,
                 )  # fmt: skip
-            metrics["perplexity"] = perplexity
-        metrics["dense_sites"] = plan.structure.dense
-        metrics["sites"] = [asdict(item) for item in results]
-        return metrics, speed
+        return speed
 
-    def _finish(self, result: Path, metrics: dict[str, Any]) -> None:
+    def _describe(self, result: Path, metrics: dict[str, Any]) -> None:
+        """The recipe as run, the metrics and the model card; the metrics last, since they say that all is there."""
         recipe = self.recipe.model_dump(mode="json", exclude={"output"})
         header = "# The recipe as run; the folder it was written to is left out.\n"
         header += "".join(f"# {name} {version}\n" for name, version in versions().items())
         write_text(result / "recipe.yaml", header + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
-        write_text(result / METRICS, json.dumps(metrics, indent=1, sort_keys=True) + "\n")
         write_text(result / "README.md", model_card(self.recipe, metrics))
-        _sync_folder(result)
-        os.replace(result, self.output)
-        sync(self.output.parent)
+        write_text(result / METRICS, json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+
+    def _remove_work(self) -> None:
         for folder in self._all_work():
             shutil.rmtree(folder, ignore_errors=True)
 
     def _all_work(self) -> Iterable[Path]:
         return sorted(self.output.parent.glob(f".{self.output.name}.work-*"))
 
-    def _finished(self) -> bool:
+    def _finished(self) -> dict[str, Any] | None:
+        """The metrics of this very run, if the output folder is its result."""
         path = self.output / METRICS
         if not path.is_file():
-            return False
+            return None
         try:
-            return bool(json.loads(path.read_text()).get("fingerprint") == self.fingerprint)
-        except json.JSONDecodeError:
-            return False
+            metrics: dict[str, Any] = json.loads(path.read_text())
+            return metrics if metrics["fingerprint"] == self.fingerprint else None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            return None
 
     def _check_output(self) -> None:
         if self.output.is_file():

@@ -93,7 +93,11 @@ def make_plan(structure: Structure, steps: Sequence[Compress]) -> Plan:
             claimed[site.name] = index
         compressor = recipe.build()
         units = sorted(compressor.units(sites), key=lambda unit: unit[-1].block)
-        planned.append(Step(recipe, compressor, recipe.build_allocation(), units))
+        step = Step(recipe, compressor, recipe.build_allocation(), units)
+        if not step.allocation.needs_profiles:
+            for unit, budget in zip(units, step.allocation.allocate(units, None, recipe.ratio), strict=True):
+                compressor.plan(unit, budget)  # a ratio that leaves a unit nothing is refused now, not at its turn
+        planned.append(step)
     plan = Plan(structure, planned)
     if plan.propagate and plan.spans_blocks:
         raise InputError("propagate: a method that shares factors between blocks cannot follow the compressed prefix")

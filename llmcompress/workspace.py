@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -92,9 +92,13 @@ class DiskStore:
             replace_durably(part, target)
 
     def get(self, key: str) -> tuple[Tensors, Any]:
-        with safe_open(self.path(key), "pt") as file:
-            note = json.loads(file.metadata()["note"])
-            return {name: file.get_tensor(name) for name in file.keys()}, note  # noqa: SIM118
+        path = self.path(key)
+        try:
+            with safe_open(path, "pt") as file:
+                note = json.loads(file.metadata()["note"])
+                return {name: file.get_tensor(name) for name in file.keys()}, note  # noqa: SIM118
+        except SafetensorError as error:
+            raise RunError(f"{path}: corrupt ({error}); remove it and run the same command again") from None
 
     def delete(self, key: str) -> None:
         self.path(key).unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from llmcompress.calibration.text import read_documents, tokenize
 from llmcompress.engine import Progress
-from llmcompress.recipe import Evaluation
 from llmcompress_eval.perplexity import perplexity, windows
 from llmcompress_eval.speed import measure
 
@@ -32,28 +31,25 @@ def evaluation_windows(
 def evaluate_pair(
     load_dense: Load,
     load_compressed: Load,
-    tokenizer: PreTrainedTokenizerBase,
-    evaluation: Evaluation,
+    texts: dict[str, Tensor],
+    speed: bool,
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Perplexity of both models on every source, and, if asked, their speeds.
+    """Perplexity of both models on every text's windows (windows, length), and, if asked, their speeds.
 
     One model is in memory at a time for perplexity, both for speed. An encoder, for which neither is defined, gives
     empty results.
     """
-    texts = evaluation_windows(
-        tokenizer, evaluation.perplexity, evaluation.length, evaluation.windows, evaluation.field
-    )
     dense = load_dense()
     if not dense.can_generate():  # type: ignore[operator]
         return {}, None
     found = {"dense": _perplexities(dense, "dense", texts, progress)}
-    if not evaluation.speed:
+    if not speed:
         del dense
     compressed = load_compressed()
     found["compressed"] = _perplexities(compressed, "compressed", texts, progress)
     by_source = {source: {name: found[name][source] for name in found} for source in texts}
-    if not evaluation.speed:
+    if not speed:
         return by_source, None
     progress.start("speed", 1)
     limit = getattr(compressed.config, "max_position_embeddings", 512)

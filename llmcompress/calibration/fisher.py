@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcompress.calibration.collect import BACKWARD, accumulate_gram
+from llmcompress.calibration.modes import evaluation_mode
 from llmcompress.errors import InputError, RunError
 from llmcompress.types import Site, Statistics
 
@@ -46,11 +47,17 @@ class OutputStatistics:
     def __init__(self, model: nn.Module, sites: Iterable[Site], needs: frozenset[str]) -> None:
         self.sites, self.needs = list(sites), needs & BACKWARD
         self.lengths: Tensor | None = None
-        self.sums = {site.name: self._empty(site, next(model.parameters()).device) for site in self.sites}
+        modules = dict(model.named_modules())
+        for site in self.sites:
+            if site.name not in modules:
+                raise InputError(f"{site.name}: the model has no such module")
+        self.sums = {
+            site.name: self._empty(site, model.get_parameter(f"{site.name}.weight").device) for site in self.sites
+        }
         self._inputs: dict[str, Tensor] = {}
         self._stack = ExitStack()
         for site in self.sites:
-            module = model.get_submodule(site.name)
+            module = modules[site.name]
             self._stack.callback(module.register_forward_hook(self._forward_hook(site)).remove)
 
     def _empty(self, site: Site, device: torch.device) -> Statistics:
@@ -100,34 +107,41 @@ class FisherAccumulator:
 
     batch: input_ids and optionally labels and attention_mask, each (sequences, length) int64, one loss a sequence.
     `row_weights[site]` (d_in,), `column_weights[site]` (d_out,) are means over sequences, float64. Accumulators
-    merge by `+`. Parameters' `grad` and `requires_grad` and the training mode are as before afterwards.
-    InputError if a batch has no label; RunError naming the site if a gradient is not finite.
+    merge by `+`. A site that no gradient reaches has weights of zero. Parameters' `grad` and `requires_grad` and the
+    training mode are as before afterwards; a pass that ends with an exception adds nothing.
+    InputError if a sequence has no label or a site is not in the model; RunError if the loss or, naming the site, a
+    gradient is not finite.
     """
 
     def __init__(self, model: nn.Module, sites: Iterable[Site]) -> None:
         self.model, self.sites = model, list(sites)
         self.statistics: dict[str, Statistics] = {site.name: Statistics() for site in self.sites}
+        self.samples = 0  #: sequences seen
 
     def __enter__(self) -> FisherAccumulator:
-        self._training = self.model.training
-        self._requires_grad = [(p, p.requires_grad) for p in self.model.parameters()]
-        self.model.eval()
-        self.model.requires_grad_(False)
         self._hooks = OutputStatistics(self.model, self.sites, frozenset({"row_fisher", "column_fisher"}))
+        self._seen = 0
+        self._requires_grad = [(p, p.requires_grad) for p in self.model.parameters()]
+        self._evaluation_mode = evaluation_mode(self.model)
+        self._evaluation_mode.__enter__()
+        self.model.requires_grad_(False)
         # The graph starts at the embeddings' output: no parameter needs a gradient
         embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         self._start = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._start.remove()
         self._hooks.close()
-        self.statistics = {name: self.statistics[name] + self._hooks.sums[name] for name in self.statistics}
+        if kind is None:
+            self.statistics = {name: self.statistics[name] + self._hooks.sums[name] for name in self.statistics}
+            self.samples += self._seen
         for parameter, flag in self._requires_grad:
             parameter.requires_grad_(flag)
-        self.model.train(self._training)
+        self._evaluation_mode.__exit__(None, None, None)
 
     def update(self, batch: dict[str, Tensor]) -> None:
+        """Adds the sequences of a batch."""
         labels = batch.get("labels", batch["input_ids"])
         lengths = (labels[:, 1:] != -100).sum(1)
         if (lengths == 0).any():
@@ -138,20 +152,23 @@ class FisherAccumulator:
         if not torch.isfinite(loss):
             raise RunError("the loss is not finite")
         loss.backward()
-
-    @property
-    def samples(self) -> int:
-        return next(iter(self.statistics.values())).sequences
+        self._seen += len(labels)
 
     @property
     def row_weights(self) -> dict[str, Tensor]:
-        return {name: s.require("row_fisher", name) / s.sequences for name, s in self.statistics.items()}
+        return self._means("row_fisher")
 
     @property
     def column_weights(self) -> dict[str, Tensor]:
-        return {name: s.require("column_fisher", name) / s.sequences for name, s in self.statistics.items()}
+        return self._means("column_fisher")
+
+    def _means(self, field: str) -> dict[str, Tensor]:
+        if not self.samples:
+            raise InputError("no sequence was measured: call update() within the context, and read after it")
+        return {name: found.require(field, name) / self.samples for name, found in self.statistics.items()}
 
     def __add__(self, other: FisherAccumulator) -> FisherAccumulator:
         merged = FisherAccumulator(self.model, self.sites)
         merged.statistics = {name: self.statistics[name] + other.statistics[name] for name in self.statistics}
+        merged.samples = self.samples + other.samples
         return merged

@@ -39,7 +39,9 @@ def test_folder_holds_what_users_expect(checkpoint):
             "metrics.json", "README.md", "model.safetensors.index.json"} <= names  # fmt: skip
     shards = [name for name in names if name.endswith(".safetensors")]
     assert len(shards) > 2
-    assert llmcompress.Recipe.load(checkpoint / "recipe.yaml", ["output=elsewhere"]).compress[0].method == "basis_sharing"
+    assert (
+        llmcompress.Recipe.load(checkpoint / "recipe.yaml", ["output=elsewhere"]).compress[0].method == "basis_sharing"
+    )
 
 
 def test_files_hold_each_shared_tensor_once_and_what_the_report_counts(checkpoint):
