@@ -29,8 +29,14 @@ class Entry:
     summary: str = ""
 
     def load(self) -> Any:
+        """What `target` names. InputError if a module that it needs is not installed, or has no such attribute."""
         module, _, attribute = self.target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            raise InputError(f"{self.kind} '{self.name}' needs the module '{error.name}': install it") from error
+        except AttributeError as error:
+            raise InputError(f"{self.kind} '{self.name}': {self.target} does not load: {error}") from error
 
 
 _ENTRIES = (
@@ -48,6 +54,8 @@ _ENTRIES = (
           summary="SVD weighted by the Fisher information of each input feature; meant for fine-tuning afterwards"),
     Entry("kfac_svd", "compressor", "llmcompress.compressors.kfac_svd:KFACSVD", "1503.05671, 2505.17974", "low_rank",
           summary="SVD whitened by the Grams of inputs and output gradients: the least loss to second order"),
+    Entry("cospadi", "compressor", "llmcompress.compressors.cospadi:CoSpaDi", "2509.22075", "dictionary",
+          summary="sparse dictionary of the whitened weight, one for all that read the same input"),
     Entry("uniform", "allocation", "llmcompress.compressors.allocation.uniform:Uniform",
           summary="every unit the same ratio"),
     Entry("svd_llm_v2", "allocation", "llmcompress.compressors.allocation.svd_llm_v2:SVDLLMV2", "2503.12340",
@@ -59,17 +67,36 @@ _ENTRIES = (
     Entry("welore", "allocation", "llmcompress.compressors.allocation.welore:WeLore", "2407.11239",
           summary="ranks from one threshold over all normalised spectra"),
     Entry("low_rank", "layer", "llmcompress.layers.low_rank:LowRankLinear"),
+    Entry("sparse_dictionary", "layer", "llmcompress.layers.sparse_dictionary:SparseDictionaryLinear"),
 )  # fmt: skip
 
 
 @functools.cache
 def entries() -> tuple[Entry, ...]:
-    """The built-in entries followed by those of installed plug-ins."""
-    found = list(_ENTRIES)
+    """The built-in entries followed by those of installed plug-ins.
+
+    InputError naming the plug-in that does not load, holds no entries, or takes a name that is taken.
+    """
+    found = {(entry.kind, entry.port, entry.name): entry for entry in _ENTRIES}
     for point in importlib.metadata.entry_points(group="llmcompress.plugins"):
+        for entry in _plugin_entries(point):
+            key = (entry.kind, entry.port, entry.name)
+            if key in found:
+                raise InputError(f"plug-in '{point.name}': the {entry.kind} '{entry.name}' is in the catalogue already")
+            found[key] = entry
+    return tuple(found.values())
+
+
+def _plugin_entries(point: importlib.metadata.EntryPoint) -> list[Entry]:
+    try:
         loaded = point.load()
-        found.extend(loaded if isinstance(loaded, (list, tuple)) else [loaded])
-    return tuple(found)
+    except Exception as error:  # a plug-in is foreign code: it may raise anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"plug-in '{point.name}' ({point.value}) does not load: {reason}") from error
+    entries = list(loaded) if isinstance(loaded, (list, tuple)) else [loaded]
+    if not all(isinstance(entry, Entry) for entry in entries):
+        raise InputError(f"plug-in '{point.name}' ({point.value}) must be an Entry or a list of them")
+    return entries
 
 
 def names(kind: str, port: str | None = None) -> list[str]:

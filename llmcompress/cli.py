@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Make language models smaller and faster by factorising their weights.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 out, err = Console(), Console(stderr=True)
+INTERRUPTED = 130  # what typer returns after Ctrl-C
 
 RecipeOption = Annotated[Path, typer.Option("--recipe", "-r", help="the recipe, a YAML file")]
 SetOption = Annotated[list[str], typer.Option("--set", help="override a key: compress.0.ratio=0.4")]
@@ -37,30 +38,48 @@ def main() -> None:
     if debug:
         sys.argv.remove("--debug")
     try:
-        app()
-    except (InputError, RunError, KeyboardInterrupt, MemoryError) as error:
+        # typer would turn Ctrl-C into a silent end, and wrap usage errors in a box
+        if app(standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has gone: `llmcompress backends | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
         err.print(_one_line(error), style="red", highlight=False, markup=False, soft_wrap=True)
-        raise SystemExit(2 if isinstance(error, InputError) else 1) from None
+        raise SystemExit(2 if isinstance(error, InputError) or _is_usage_error(error) else 1) from None
+
+
+def _is_usage_error(error: BaseException) -> bool:
+    return hasattr(error, "format_message")  # click's, or the copy of click that newer versions of typer hold
 
 
 def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if _is_usage_error(error):
+        return f"{' '.join(error.format_message().split())} (see `llmcompress --help`)"  # type: ignore[attr-defined]
+    if isinstance(error, (InputError, RunError)):
+        return text
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; finished parts are kept: run the same command again to go on"
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory; try a smaller calibration.batch_tokens"
-    return " ".join(str(error).split())
+    return f"failed: {type(error).__name__}: {text}; --debug shows where"
 
 
 @app.callback(invoke_without_command=True)
 def _global(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     if version:
         out.print(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -74,7 +93,7 @@ def apply(
     from llmcompress import pipeline, show
     from llmcompress.recipe import Recipe
 
-    loaded = Recipe.load(recipe, overrides + ([f"output={json.dumps(output)}"] if output else []))
+    loaded = Recipe.load(recipe, overrides + ([_output_override(output)] if output is not None else []))
     if dry_run:
         from llmcompress.dry_run import plan_tables
 
@@ -86,6 +105,10 @@ def apply(
     out.print(show.result_table(outcome.folder, outcome.metrics, outcome.speed))
     if outcome.seconds:
         out.print(show.seconds_line(outcome.seconds), style="dim")
+
+
+def _output_override(output: str) -> str:
+    return f"output={json.dumps(output, ensure_ascii=False)}"  # YAML would read \\ud83d\\ude00 as two characters
 
 
 @app.command(name="eval")
@@ -102,6 +125,7 @@ def evaluate(
     json_file: JsonOption = None,
 ) -> None:
     """Measure a model's perplexity, dense or compressed."""
+    _check_json_file(json_file)
     from llmcompress_eval.command import evaluate_model, evaluation_table
 
     from llmcompress import show
@@ -111,19 +135,18 @@ def evaluate(
             model, perplexity, length, windows or None, batch, dtype, device, field, trust_remote_code, bars
         )
     out.print(evaluation_table(model, found))
-    if json_file:
-        json_file.write_text(json.dumps(found, indent=1) + "\n")
+    _write_json(json_file, found)
 
 
 @app.command()
 def inspect(model: ModelArgument, json_file: JsonOption = None) -> None:
     """Print a model's blocks, linear sites, roles, shapes, and what shares an input."""
+    _check_json_file(json_file)
     from llmcompress.inspect import inspect_model, structure_tables
 
     found = inspect_model(model)
     _print_tables(structure_tables(found))
-    if json_file:
-        json_file.write_text(json.dumps(found, indent=1) + "\n")
+    _write_json(json_file, found)
 
 
 @app.command()
@@ -131,7 +154,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="a compressed checkpoint"
     """Check a checkpoint's files against their recorded SHA-256."""
     from llmcompress.checkpoint.verify import verify as run
 
-    out.print(f"{folder}: {run(folder)} tensor files as written", highlight=False)
+    _print_line(f"{folder}: {run(folder)} tensor files as written")
 
 
 @app.command()
@@ -158,7 +181,30 @@ def backends() -> None:
 
 def _print_tables(tables: list[Table | str]) -> None:
     for table in tables:
-        out.print(table)
+        if isinstance(table, str):
+            _print_line(table)
+        else:
+            out.print(table)
+
+
+def _print_line(text: str) -> None:
+    """As it is: a path such as runs/[30] is no markup."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_json_file(path: Path | None) -> None:
+    """Before anything is computed whose result could not be written."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise InputError(f"--json {path}: not a file in an existing folder")
+
+
+def _write_json(path: Path | None, found: dict[str, Any]) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"--json {path}: cannot be written: {error.strerror}") from error
 
 
 def _log_to(console: Console) -> None:

@@ -251,7 +251,7 @@ class Engine:
 
     def _profile(self, step: Step, key: str, unit: list[Site]) -> Profile:
         if not self.store.has(key):
-            profile = step.compressor.profile(self._problem(unit, None))
+            profile = step.compressor.profile(self._problem(unit, None), step.allocation.raw_spectra)
             self.store.put(key, {"spectrum": profile.spectrum, "costs": profile.costs}, profile.dense)
         tensors, dense = self.store.get(key)
         self.progress.advance(unit[0].name)

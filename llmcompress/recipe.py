@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import types
 import typing
 from functools import reduce
@@ -9,10 +10,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)  # fmt: skip
+from pydantic_core import PydanticSerializationError
 
 from llmcompress import catalog
 from llmcompress.errors import InputError
+
+#: options of methods and allocations that say how much is kept in place of `ratio`
+REPLACES_RATIO = ("rank_fraction", "err")
 
 
 class Section(BaseModel):
@@ -80,6 +93,19 @@ class Compress(BaseModel):
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 
+    @property
+    def ratio_replaced_by(self) -> str | None:
+        """The option that says how much is kept where `ratio` does not."""
+        given = self.options | self.allocation.options
+        return next((key for key in REPLACES_RATIO if given.get(key) is not None), None)
+
+    @model_serializer(mode="wrap")
+    def _without_an_unused_ratio(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = dump(self)
+        if self.ratio_replaced_by:
+            data.pop("ratio", None)
+        return data
+
     def build(self) -> Any:
         """The compressor with its options."""
         entry = catalog.get("compressor", self.method).load()
@@ -108,13 +134,13 @@ class Recipe(Section):
         "auto", description="dtype of the computation and the checkpoint; auto keeps the model's"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N: where blocks are run and factorised")
-    seed: int = Field(0, ge=0, description="seed of everything random")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
     trust_remote_code: bool = Field(False, description="run code that the model's folder brings along")
     calibration: Calibration = Field(default_factory=Calibration, description="text that statistics are gathered from")
     compress: list[Compress] = Field(min_length=1, description="steps, each on sites of its own")
     eval: Evaluation = Field(default_factory=Evaluation, description="what is measured at the end")
     max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?[KMG]?B$", description="largest safetensors file")
-    output: str = Field(description="folder of the result")
+    output: str = Field(min_length=1, description="folder of the result")
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -124,13 +150,13 @@ class Recipe(Section):
         """
         path = Path(path)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = _parse_yaml(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"{path}: no such recipe") from None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: cannot be read: {error}") from None
-        except yaml.YAMLError as error:
-            raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        except InputError as error:
+            raise InputError(f"{path}: not YAML: {error}") from None
         if not isinstance(data, dict):
             raise InputError(f"{path}: a recipe is a mapping of keys; see `llmcompress schema`")
         for override in overrides or []:
@@ -152,6 +178,12 @@ class Recipe(Section):
             _check_choice(f"{source}: {at}.allocation", "allocation", step.allocation.name)
             allocation = catalog.get("allocation", step.allocation.name).load()
             _check_options(f"{source}: {at}.allocation", allocation.Options, step.allocation.options, ("name",))
+            if step.ratio_replaced_by and "ratio" in step.model_fields_set:
+                raise InputError(f"{source}: {at}: give ratio or {step.ratio_replaced_by}, not both")
+        try:
+            recipe.model_dump_json()  # it is saved beside the result
+        except PydanticSerializationError as error:
+            raise InputError(f"{source}: holds what cannot be saved: {_one_line(str(error))}") from None
         return recipe
 
 
@@ -170,16 +202,27 @@ def _check_options(at: str, options: type[BaseModel], given: dict[str, Any], als
 
 
 def _first_error(error: ValidationError, model: type[BaseModel], also: tuple[str, ...] = ()) -> str:
-    """`key.path: what is wrong`, with the nearest key for an unknown one."""
+    """`key.path: what is wrong`, one line, with the nearest key for an unknown one."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
-    where = ".".join(path)
+    where = _one_line(".".join(path))
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, path[:-1]) + list(also)
         return f"{where}: unknown key{catalog.nearest(path[-1], known)}"
     if first["type"] == "missing":
+        unknown = [str(key) for key in first["input"] if key not in _fields_at(model, path[:-1])]
+        meant = difflib.get_close_matches(path[-1], unknown, n=1)
+        if meant:
+            where = _one_line(".".join([*path[:-1], meant[0]]))
+            return f"{where}: unknown key; did you mean '{path[-1]}'?"
         return f"{where}: is required"
-    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}; got {first['input']!r}"
+    shown = _one_line(repr(first["input"]))
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}; got {shown}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _fields_at(model: Any, path: list[str]) -> list[str]:
@@ -197,14 +240,24 @@ def _inner_model(annotation: Any) -> Any:
     return None
 
 
+def _parse_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(_one_line(str(error))) from None
+    except (ValueError, RecursionError) as error:  # a date such as 2024-13-01, a number too long, nesting too deep
+        raise InputError(f"a value that cannot be read: {_one_line(str(error))}") from None
+
+
 def _override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    at = f"--set {_one_line(override)}"
     if not separator or not key:
-        raise InputError(f"--set {override}: expected KEY.PATH=VALUE, for instance compress.0.ratio=0.4")
+        raise InputError(f"{at}: expected KEY.PATH=VALUE, for instance compress.0.ratio=0.4")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"--set {override}: the value is not YAML") from None
+        value = _parse_yaml(text)
+    except InputError:
+        raise InputError(f"{at}: the value is not YAML") from None
     *parents, last = key.split(".")
     try:
         holder: Any = reduce(_child, parents, data)
@@ -213,12 +266,12 @@ def _override(data: dict[str, Any], override: str) -> None:
         else:
             holder[last] = value
     except (KeyError, IndexError, ValueError, TypeError):
-        raise InputError(f"--set {override}: the recipe has no place '{key}'") from None
+        raise InputError(f"{at}: the recipe has no place '{_one_line(key)}'") from None
 
 
 def _child(holder: Any, part: str) -> Any:
     if isinstance(holder, list):
         return holder[int(part)]
-    if holder.get(part) is None:
+    if part not in holder or holder[part] is None:
         holder[part] = {}
     return holder[part]

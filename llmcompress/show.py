@@ -17,28 +17,34 @@ from rich.progress import (
     TimeRemainingColumn,
 )  # fmt: skip
 from rich.table import Table
+from rich.text import Text
 
 
 class Bars:
-    """Progress of the pipeline's stages as rich bars on standard error, with an estimate of what remains."""
+    """Progress of the pipeline's stages as rich bars, with an estimate of what remains.
+
+    Nothing is shown before the first stage, so that an error in the input is one line.
+    """
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
             TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[detail]}"), console=console,
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[detail]}", style="dim", markup=False),
+            console=console,
         )  # fmt: skip
         self._task: TaskID | None = None
 
     def __enter__(self) -> Bars:
-        self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._task is not None:
+            self._progress.stop()
 
     def start(self, stage: str, total: int) -> None:
+        self._progress.start()
         self._task = self._progress.add_task(stage, total=total, detail="")
 
     def advance(self, detail: str) -> None:
@@ -48,7 +54,7 @@ class Bars:
 
 def result_table(folder: Path, metrics: dict[str, Any], speed: dict[str, Any] | None) -> Table:
     """Dense against compressed: parameters, bytes, perplexity, tokens per second."""
-    table = Table(title=str(folder), title_justify="left")
+    table = Table(title=Text(str(folder)), title_justify="left")
     for column in ("", "dense", "compressed", ""):
         table.add_column(column, justify="left" if not column else "right")
     size = metrics["size"]
@@ -59,7 +65,7 @@ def result_table(folder: Path, metrics: dict[str, Any], speed: dict[str, Any] | 
     table.add_row("bytes on disk", f"{dense:,}", f"{compressed:,}", f"-{1 - compressed / dense:.1%}")
     for source, pair in metrics.get("perplexity", {}).items():
         a, b = pair["dense"]["perplexity"], pair["compressed"]["perplexity"]
-        table.add_row(f"perplexity, {Path(source).name}", f"{a:.2f}", f"{b:.2f}", f"x{b / a:.2f}")
+        table.add_row(Text(f"perplexity, {Path(source).name}"), f"{a:.2f}", f"{b:.2f}", f"x{b / a:.2f}")
     for key in ("prefill", "decode") if speed else ():
         a, b = speed["dense"][key], speed["compressed"][key]  # type: ignore[index]
         table.add_row(f"{key}, tokens/s", f"{a:,.1f}", f"{b:,.1f}", f"x{b / a:.2f}")

@@ -6,13 +6,14 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from llmcompress.engine import Progress
 from llmcompress.errors import InputError
 from llmcompress.models.load import DTYPES, load_model, load_tokenizer, locate
 from llmcompress.pipeline import choose_device
 from llmcompress_eval.compare import evaluation_windows
-from llmcompress_eval.perplexity import perplexity
+from llmcompress_eval.perplexity import check_input, perplexity
 
 
 def evaluate_model(
@@ -34,6 +35,8 @@ def evaluate_model(
     where = choose_device(device)
     texts = evaluation_windows(load_tokenizer(location), sources, length, windows, field)
     loaded = load_model(location, DTYPES.get(dtype, "auto"), trust_remote_code=trust_remote_code).to(where)
+    for tokens in texts.values():
+        check_input(loaded, tokens)
     found = {}
     for source, tokens in texts.items():
         progress.start("perplexity", len(tokens))
@@ -42,12 +45,12 @@ def evaluate_model(
 
 
 def evaluation_table(model: str, found: dict[str, Any]) -> Table:
-    table = Table(title=model, title_justify="left")
+    table = Table(title=Text(model), title_justify="left")
     for column in ("text", "perplexity", "nll", "± (standard error)", "windows", "tokens"):
         table.add_column(column, justify="left" if column == "text" else "right")
     for source, figures in found["perplexity"].items():
         table.add_row(
-            source, f"{figures['perplexity']:.3f}", f"{figures['nll']:.4f}", f"{figures['standard_error']:.4f}",
+            Text(source), f"{figures['perplexity']:.3f}", f"{figures['nll']:.4f}", f"{figures['standard_error']:.4f}",
             str(figures["windows"]), f"{figures['tokens']:,}",
         )  # fmt: skip
     return table

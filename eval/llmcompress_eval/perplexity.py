@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmcompress.calibration.modes import evaluation_mode
+from llmcompress.calibration.text import check_context, check_vocabulary
 from llmcompress.errors import InputError, RunError
 
 
@@ -35,10 +37,18 @@ def windows(stream: Tensor, length: int, count: int | None, source: str) -> Tens
 
 
 def check_length(model: nn.Module, length: int) -> None:
-    """InputError if windows are longer than the model's context."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit:
-        raise InputError(f"length: a window of {length} tokens exceeds the model's context of {limit}")
+    """InputError if windows are longer than the model's context, or predict nothing."""
+    if length < 2:
+        raise InputError(f"length: a window of {length} token predicts nothing; at least 2")
+    check_context(model, length, "length: a window")
+
+
+def check_input(model: nn.Module, tokens: Tensor) -> None:
+    """InputError unless the model is a causal language model whose context and vocabulary hold the windows."""
+    if not model.can_generate():  # type: ignore[operator]
+        raise InputError(f"{type(model).__name__} is no causal language model: perplexity is not defined for it")
+    check_length(model, tokens.shape[1])
+    check_vocabulary(model, tokens)
 
 
 def perplexity(
@@ -46,15 +56,13 @@ def perplexity(
 ) -> Perplexity:
     """Token-weighted perplexity of a causal model on tokens (windows, length) int64; each window predicts length - 1.
 
-    InputError if the model is not a causal language model or the windows exceed its context; RunError naming the window
-    whose logits are not finite.
+    The model is put into evaluation mode meanwhile.
+    InputError as in `check_input`; RunError naming the window whose logits are not finite.
     """
-    if not model.can_generate():  # type: ignore[operator]
-        raise InputError(f"{type(model).__name__} is no causal language model: perplexity is not defined for it")
-    check_length(model, tokens.shape[1])
+    check_input(model, tokens)
     means: list[float] = []
     device = next(model.parameters()).device
-    with torch.no_grad():
+    with torch.no_grad(), evaluation_mode(model):
         for start in range(0, len(tokens), batch):
             rows = tokens[start : start + batch].to(device)
             logits = model(input_ids=rows, use_cache=False).logits

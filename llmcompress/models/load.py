@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,13 @@ def quiet_transformers() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
+@contextmanager
+def _no_conversion_bar(location: Location) -> Iterator[None]:
+    """Reading a GGUF file shows a bar that no setting of transformers turns off."""
+    with redirect_stderr(io.StringIO()) if location.gguf else nullcontext():
+        yield
+
+
 def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
     try:
         with quiet_transformers():
@@ -142,7 +150,7 @@ def load_model(location: Location, dtype: torch.dtype | str = "auto", **options:
 
     cls = model_class(location, options.get("trust_remote_code", False))
     try:
-        with quiet_transformers():
+        with quiet_transformers(), _no_conversion_bar(location):
             if location.gguf:
                 from transformers import GgufConfig
 

@@ -1,11 +1,18 @@
 """FWSVD: the Fisher-weighted problem is solved exactly, and its variants are what they say."""
 
+import copy
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from llmcompress_eval.perplexity import perplexity, windows
 from pydantic import ValidationError
 
+from llmcompress.api import compress
+from llmcompress.calibration.collect import InputStatistics, capture_inputs
+from llmcompress.calibration.fisher import FisherAccumulator
+from llmcompress.calibration.text import pack, tokenize
 from llmcompress.compressors.fwsvd import (
     FWSVD,
     FWSVDOptions,
@@ -14,10 +21,12 @@ from llmcompress.compressors.fwsvd import (
     weighted_error,
     weighted_low_rank,
 )
-from llmcompress.compressors.low_rank import LowRankFactors
+from llmcompress.compressors.low_rank import LowRankFactors, rank_for
 from llmcompress.compressors.svd import svd_factorize
 from llmcompress.compressors.svd_llm import svd_llm_factorize
 from llmcompress.errors import InputError
+from llmcompress.layers.low_rank import LowRankLinear
+from llmcompress.models.structure import analyse
 from llmcompress.types import Budget, Problem, Site, Statistics
 
 D_IN, D_OUT, RANK = 40, 70, 12
@@ -192,6 +201,100 @@ def test_rank_fraction_decides_in_place_of_the_budget(pivot, values):
     method = FWSVD(FWSVDOptions(rank_fraction=0.33, pivot=pivot))
     assert method.plan([SITE], Budget(1.0)) == {"rank": 13, "values": values}
     assert method.compress(unit_problem(), Budget(1.0), torch.Generator()).layers[0].rank == 13
+
+
+# --- a real model ----------------------------------------------------------------------------------------------------
+
+LAYERS = range(8, 12)
+
+
+def mean_loss(model, tokens):
+    return perplexity(model, tokens).nll
+
+
+@pytest.fixture(scope="module")
+def middle(smollm2, smollm2_tokenizer, wikitext):
+    """Sites of layers 8 to 11, their Fisher weights from 4 x 256 tokens, their Grams, and 4 x 256 others."""
+    tokens = pack(tokenize(smollm2_tokenizer, [wikitext["valid"][:60000]]), 8, 256, "valid")
+    sites = [site for site in analyse(smollm2).sites if site.block in LAYERS]
+    fisher = FisherAccumulator(smollm2, sites)
+    inputs = InputStatistics(sites, frozenset({"gram"}), torch.device("cpu"))
+    with fisher, capture_inputs(smollm2, sites, inputs.receive):
+        fisher.update({"input_ids": tokens[:4]})
+    return sites, fisher, {site.name: inputs.sums[site.input].gram for site in sites}, tokens[4:]
+
+
+def loss_with(model, sites, held_out, factorize):
+    """Held-out loss with the weights of `sites` replaced by `factorize(site, weight, rank)`, which are put back."""
+    kept = {site.name: model.get_submodule(site.name).weight.detach().clone() for site in sites}
+    try:
+        for site in sites:
+            rank = rank_for(site.d_in, site.d_out, 0.4)
+            approximation = factorize(site, kept[site.name], rank).to_dense()
+            model.get_submodule(site.name).weight.data.copy_(approximation)
+        return mean_loss(model, held_out)
+    finally:
+        for name, weight in kept.items():
+            model.get_submodule(name).weight.data.copy_(weight)
+
+
+def test_fisher_weights_help_real_layers_and_whitening_more(smollm2, middle):
+    sites, fisher, grams, held_out = middle
+    rows, columns = fisher.row_weights, fisher.column_weights
+    loss = {
+        "dense": mean_loss(smollm2, held_out),
+        "svd": loss_with(smollm2, sites, held_out, lambda site, w, r: svd_factorize(w, r)),
+        "fwsvd": loss_with(smollm2, sites, held_out, lambda site, w, r: fwsvd(w, rows[site.name], r)),
+        "wrong axis": loss_with(smollm2, sites, held_out,
+                                lambda site, w, r: weighted_low_rank(w, r, column_weights=columns[site.name])),
+        "whitened": loss_with(smollm2, sites, held_out, lambda site, w, r: svd_llm_factorize(w, grams[site.name], r)),
+    }  # fmt: skip
+    print({name: round(value, 3) for name, value in loss.items()})
+    assert loss["fwsvd"] <= loss["dense"] + 0.45
+    assert loss["svd"] >= loss["fwsvd"] + 0.8
+    assert loss["wrong axis"] >= loss["fwsvd"] + 0.6
+    assert loss["whitened"] <= loss["fwsvd"]
+
+
+@pytest.fixture(scope="module")
+def whole(smollm2_tokenizer, wikitext):
+    """64 x 512 calibration tokens and 16 windows of 1,024 others."""
+    calibration = pack(tokenize(smollm2_tokenizer, [wikitext["valid"]]), 64, 512, "valid")
+    return calibration, windows(tokenize(smollm2_tokenizer, [wikitext["test"]]), 1024, 16, "test")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ratio", "reach"), [(0.2, 8000.0), (0.3, 30000.0)])
+def test_perplexity_of_a_whole_model_before_fine_tuning(smollm2, whole, ratio, reach):
+    calibration, held_out = whole
+    found = {}
+    for method in ("fwsvd", "svd"):
+        model = compress(copy.deepcopy(smollm2), method=method, ratio=ratio, tokens=calibration, pivot=False)
+        found[method] = perplexity(model, held_out).perplexity
+    print(f"{ratio:.0%} removed: {found}")
+    assert found["fwsvd"] <= reach
+    assert found["fwsvd"] <= 1e-3 * found["svd"]
+
+
+@pytest.mark.slow
+def test_fine_tuning_of_the_factors_restores_most(smollm2, whole):
+    calibration, held_out = whole
+    model = compress(copy.deepcopy(smollm2), method="fwsvd", ratio=0.2, tokens=calibration, pivot=False)
+    before = perplexity(model, held_out).perplexity
+    model.requires_grad_(False)
+    factors = [p for layer in model.modules() if isinstance(layer, LowRankLinear) for p in layer.parameters()]
+    for factor in factors:
+        factor.requires_grad_(True)
+    optimizer = torch.optim.AdamW(factors, lr=5e-4)
+    for step in range(100):
+        rows = calibration[step % len(calibration)][None]
+        model(input_ids=rows, labels=rows).loss.backward()
+        torch.nn.utils.clip_grad_norm_(factors, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    after = perplexity(model, held_out).perplexity
+    print(f"perplexity {before:.1f} before, {after:.1f} after")
+    assert after <= 0.1 * before
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -1,10 +1,15 @@
 """Plain SVD, ASVD, SVD-LLM, its V2, Swift-SVD and Basis Sharing, against numpy and on a real layer."""
 
+import copy
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from llmcompress_eval.perplexity import perplexity, windows
 
+from llmcompress.api import compress
+from llmcompress.calibration.text import pack, tokenize
 from llmcompress.compressors.allocation.svd_llm_v2 import allocate_ratios
 from llmcompress.compressors.asvd import ASVD, ASVDOptions, asvd_factorize
 from llmcompress.compressors.basis_sharing import BasisSharing, BasisSharingOptions, basis_sharing_factorize
@@ -354,6 +359,24 @@ def test_whitening_wins_on_held_out_tokens_of_a_real_layer(layer_12, role, ratio
     assert error["svd_llm"] <= 0.68 * error["svd"]
     pivoted = output_error(held_out, weight, pivot(svd_llm_factorize(weight, gram, rank))) / scale
     assert pivoted == pytest.approx(error["svd_llm"], rel=1e-9)
+
+
+# --- a whole model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ratio", "reach"), [(0.2, 48.5), (0.3, 71.5), (0.4, 118.0)])
+def test_perplexity_of_a_whole_model_at_a_uniform_ratio(smollm2, smollm2_tokenizer, wikitext, ratio, reach):
+    """Without the pivot form. A plain SVD that does well would mean that less is removed than is said."""
+    calibration = pack(tokenize(smollm2_tokenizer, [wikitext["valid"]]), 64, 512, "valid")
+    held_out = windows(tokenize(smollm2_tokenizer, [wikitext["test"]]), 1024, 16, "test")
+    found = {}
+    for method in ("svd_llm", "svd"):
+        model = compress(copy.deepcopy(smollm2), method=method, ratio=ratio, tokens=calibration, pivot=False)
+        found[method] = perplexity(model, held_out).perplexity
+    print(f"{ratio:.0%} removed: {found}")
+    assert found["svd_llm"] <= reach
+    assert found["svd"] > 1e4
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

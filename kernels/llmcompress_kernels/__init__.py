@@ -1,0 +1,1 @@
+"""Fast products with factorised weights, as torch custom operators; depends on torch and triton alone."""

@@ -1,0 +1,380 @@
+"""Sparse dictionaries learnt in the space of a layer's outputs (CoSpaDi, arXiv 2509.22075).
+
+A weight is W = weightᵀ ≈ D S with a dictionary D (d_in, k) and codes S (k, d_out) of exactly s non-zeros a column. The
+error ||X (W - D S)||_F equals ||L (W - D S)||_F for any L with Lᵀ L = XᵀX: an ordinary sparse dictionary of L W.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+from llmcompress.compressors.basis_sharing import BasisSharing, BasisSharingOptions
+from llmcompress.compressors.dictionary_learning import DictionaryFactors, learn_fast, mod_update
+from llmcompress.compressors.hard_thresholding import check_sparsity, hard_thresholding_pursuit
+from llmcompress.compressors.kfac_svd import DAMPING, KFACSVD
+from llmcompress.compressors.ksvd import ksvd_sweep, learn_ksvd, omp
+from llmcompress.compressors.low_rank import (
+    JointStatistics,
+    Whitened,
+    build_layers,
+    joint_statistics,
+    naming,
+    pivot,
+    rank_costs,
+    rank_within,
+    stacked_weight,
+)
+from llmcompress.compressors.svd_llm import SVDLLM, SVDLLMOptions
+from llmcompress.errors import InputError, RunError
+from llmcompress.layers.base import StructuredLinear
+from llmcompress.layers.sparse_dictionary import (
+    MAX_VALUE_BITS,
+    MIN_VALUE_BITS,
+    SparseDictionaryLinear,
+    check_value_bits,
+)
+from llmcompress.types import Budget, Compressed, Problem, Profile, Site, Statistics
+
+__all__ = [
+    "CoSpaDi",
+    "CoSpaDiOptions",
+    "DictionaryFactors",
+    "cospadi",
+    "cospadi_shared",
+    "dictionary_sizes",
+    "hard_thresholding_pursuit",
+    "ksvd_sweep",
+    "learn_dictionary",
+    "mod_update",
+    "omp",
+    "stored_bits",
+]
+
+Solver = Literal["fast", "ksvd"]
+ITERATIONS = {"fast": 10, "ksvd": 60}
+SEED = 42
+LEAST_SHARE = 0.35  # of a unit's dense values: below it, low-rank curves say too little about a dictionary
+
+
+class CoSpaDiOptions(BaseModel, extra="forbid"):
+    share: Literal["input", "none", "layers"] = Field(
+        default="input",
+        description="one dictionary for all sites that read the same tensor (input), for the q, k, v, gate and up of "
+        "neighbouring blocks each (layers), or for one site (none)",
+    )
+    layers: int = Field(default=2, ge=1, description="blocks that share a dictionary with share: layers")
+    structure: Literal["cospadi", "low_rank", "auto"] = Field(
+        default="cospadi",
+        description="auto: of the dictionary and the pivoted whitened SVD of the same size, the one with the lower "
+        "calibration error, unit by unit",
+    )
+    solver: Solver = Field(
+        default="fast", description="fast: thresholding pursuit and MOD; ksvd: the paper's OMP, K-SVD"
+    )
+    iterations: int | None = Field(default=None, ge=1, description="rounds at most; 10 for fast, 60 for ksvd if absent")
+    tolerance: float = Field(
+        default=2e-3, ge=0, lt=1, description="stop when the squared error falls by less, relative"
+    )
+    rho: float = Field(default=2.0, ge=1, description="atoms for each non-zero of a column")
+    value_bits: int = Field(
+        default=14,
+        ge=MIN_VALUE_BITS,
+        le=MAX_VALUE_BITS,
+        description="bits of a stored code value: a shortened bfloat16",
+    )
+    output_weights: bool = Field(
+        default=False, description="weight each output by how much the loss depends on it (needs a backward pass)"
+    )
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def dictionary_sizes(d_in: int, d_out: int, ratio: float, rho: float = 2.0, value_bits: int = 14) -> tuple[int, int]:
+    """Atoms k and non-zeros s = floor(k / rho) of the largest dictionary within 1 - ratio of the dense 16-bit size.
+
+    Counted: 16 bits a dictionary entry, `value_bits` a code value, one mask bit an atom and column. InputError if
+    ratio, rho or bits are out of range, or no dictionary fits. Source: arXiv 2509.22075, with the mask's bits.
+    """
+    if not 0 < ratio < 1:
+        raise InputError(f"ratio must be in (0, 1), the fraction removed; got {ratio}")
+    return _sizes((1 - ratio) * d_in * d_out, d_in, d_out, rho, value_bits)
+
+
+def stored_bits(d_in: int, d_out: int, k: int, s: int, value_bits: int = 14) -> int:
+    """Bits of dictionary, values and mask, without the padding of their rows to whole bytes."""
+    return 16 * d_in * k + value_bits * s * d_out + k * d_out
+
+
+def _sizes(values: float, d_in: int, d_out: int, rho: float, value_bits: int) -> tuple[int, int]:
+    check_value_bits(value_bits)
+    if rho < 1:
+        raise InputError(f"rho, atoms for each non-zero of a column, must be at least 1; got {rho}")
+    k = int(16 * values / (16 * d_in + d_out * (1 + value_bits / rho)))
+    s = int(k / rho)
+    if s < 1:
+        least = (16 * d_in + d_out * (1 + value_bits / rho)) * math.ceil(rho) / 16
+        raise InputError(
+            f"the budget of {values:.0f} values is below the smallest dictionary with a non-zero a column, "
+            f"which stores {least:.0f}"
+        )
+    return k, s
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a dictionary for sites (d_in, d_outs): atoms, non-zeros, and the dense values that its file takes."""
+
+    atoms: int
+    nonzeros: int
+    values: float
+
+
+def sizes_within(budget: float, d_in: int, d_outs: Sequence[int], rho: float, value_bits: int) -> Sizes:
+    """The largest dictionary whose stored bytes, padding included, are at most `budget` values of 16 bits."""
+
+    def cost(k: int, s: int) -> float:
+        return d_in * k + sum(d_outs) * (math.ceil(k / 8) + math.ceil(s * value_bits / 8)) / 2
+
+    k = _sizes(budget, d_in, sum(d_outs), rho, value_bits)[0] + math.ceil(rho)  # floors leave a little room
+    while cost(k, s := int(k / rho)) > budget:
+        k -= 1
+        if k < rho:
+            raise InputError(f"the budget of {budget:.0f} values is below {cost(math.ceil(rho), 1):.0f}, the smallest")
+    while s < k and cost(k, s + 1) <= budget:
+        s += 1
+    return Sizes(k, s, cost(k, s))
+
+
+# --- factorisation ---------------------------------------------------------------------------------------------------
+
+
+def learn_dictionary(
+    y: Tensor,
+    k: int,
+    s: int,
+    solver: Solver = "fast",
+    iterations: int | None = None,
+    tolerance: float = 2e-3,
+    generator: torch.Generator | None = None,
+) -> DictionaryFactors:
+    """min ||y - D S||_F over k unit atoms and s non-zeros in each column of S; y (d_in, d_out) float32 or float64.
+
+    generator: on y's device, seeded with 42 if absent. InputError unless 1 <= s <= k and y is finite.
+    """
+    check_sparsity(s, k)
+    if not torch.isfinite(y).all():
+        raise InputError("the matrix to factorise is not finite")
+    generator = generator or torch.Generator(device=y.device).manual_seed(SEED)
+    solve = learn_fast if solver == "fast" else learn_ksvd
+    return solve(y, k, s, iterations or ITERATIONS[solver], tolerance, generator)
+
+
+def cospadi(
+    weight: Tensor,
+    gram: Tensor,
+    ratio: float,
+    options: CoSpaDiOptions | None = None,
+    generator: torch.Generator | None = None,
+) -> StructuredLinear:
+    """The layer that stands for weight (d_out, d_in) at 1 - ratio of its 16-bit size, fitted under the input Gram.
+
+    gram (d_in, d_in) = XᵀX. InputError for bad weights, Grams, ratios. Source: arXiv 2509.22075.
+    """
+    return cospadi_shared([weight], [gram], ratio, options, generator)[0]
+
+
+def cospadi_shared(
+    weights: Sequence[Tensor],
+    grams: Sequence[Tensor],
+    ratio: float,
+    options: CoSpaDiOptions | None = None,
+    generator: torch.Generator | None = None,
+) -> list[StructuredLinear]:
+    """Layers of several weights (d_out_i, d_in) with one dictionary, under the mean of their inputs' distinct Grams.
+
+    The same Gram object for all of them (weights that read one input) makes the fit exact. Errors as in `cospadi`.
+    """
+    if not weights or len(weights) != len(grams):
+        raise InputError(f"as many Grams as weights are needed, at least one; got {len(weights)} and {len(grams)}")
+    for i, weight in enumerate(weights):
+        if weight.shape[-1] != weights[0].shape[-1]:
+            raise InputError(
+                f"weight {i}: weights that share a dictionary must have the same d_in; "
+                f"got {weight.shape[-1]}, weight 0 has {weights[0].shape[-1]}"
+            )
+    names = [f"weight {i}" if len(weights) > 1 else "weight" for i in range(len(weights))]
+    first = {id(gram): name for name, gram in reversed(list(zip(names, grams, strict=True)))}
+    sites = [
+        Site(name, "other", 0, weight.shape[-1], len(weight), first[id(gram)])
+        for name, weight, gram in zip(names, weights, grams, strict=True)
+    ]
+    statistics = [Statistics(tokens=math.inf, gram=gram) for gram in grams]
+    problem = Problem(sites, list(weights), [None] * len(sites), statistics)
+    generator = generator or torch.Generator(device=weights[0].device).manual_seed(SEED)
+    layers = CoSpaDi(options).compress(problem, Budget.for_ratio(sites, ratio), generator).layers
+    return [layer for layer in layers if layer is not None]
+
+
+# --- the compressor --------------------------------------------------------------------------------------------------
+
+
+class CoSpaDi:
+    Options: ClassVar[type[CoSpaDiOptions]] = CoSpaDiOptions
+
+    def __init__(self, options: CoSpaDiOptions | None = None) -> None:
+        self.options = options or CoSpaDiOptions()
+        self.needs = frozenset({"gram", "output_gram"} if self.options.output_weights else {"gram"})
+
+    def units(self, sites: Sequence[Site]) -> list[list[Site]]:
+        if self.options.share == "layers":
+            return BasisSharing(BasisSharingOptions(layers=self.options.layers)).units(sites)
+        return SVDLLM(SVDLLMOptions(share=self.options.share)).units(sites)
+
+    def profile(self, problem: Problem, raw: bool = False) -> Profile:
+        """The low-rank spectrum in the same space, whitened on both sides where outputs are weighted: a surrogate.
+
+        Costs are those of the pivot form, but never below the least share of the dense values that a dictionary gets.
+        """
+        sites = problem.sites
+        with naming(problem.name):
+            weight, statistics = stacked_weight(problem), joint_statistics(problem)
+            if raw:
+                space = Whitened(weight)
+            elif self.options.output_weights:
+                space = KFACSVD().space(weight, statistics, problem.name)
+            else:
+                space = SVDLLM().space(weight, statistics, problem.name)
+            spectrum = space.spectrum().cpu()
+        costs, dense = _rank_costs(sites), _dense_values(sites)
+        if self.options.structure != "low_rank":
+            costs = costs.clamp_min(LEAST_SHARE * dense)
+        return Profile(sites, spectrum, costs, dense)
+
+    def plan(self, sites: Sequence[Site], budget: Budget) -> dict[str, Any]:
+        dense = _dense_values(sites)
+        if budget.values >= dense:
+            return {"atoms": None, "nonzeros": None, "values": float(dense)}
+        with naming(sites[0].name):
+            if self.options.structure == "low_rank":
+                rank = rank_within(_rank_costs(sites), budget.values)
+                return {"rank": rank, "values": float(_rank_costs(sites)[rank])}
+            sizes = self._sizes(sites, budget)
+        return {"atoms": sizes.atoms, "nonzeros": sizes.nonzeros, "values": sizes.values}
+
+    def compress(self, problem: Problem, budget: Budget, generator: torch.Generator) -> Compressed:
+        name = problem.name
+        if budget.values >= _dense_values(problem.sites):
+            note = f"{name}: left dense, its budget of {budget.values:.0f} values holds the dense weight"
+            return Compressed([None] * len(problem.sites), [note])
+        with naming(name):
+            space = self._space(problem)
+            notes = [f"{name}: {space.repair}"] if space.repair else []
+            found: dict[str, list[StructuredLinear]] = {}
+            if self.options.structure != "low_rank":
+                sizes = self._sizes(problem.sites, budget)
+                found["dictionary"], unused = self._dictionary_layers(problem, space, sizes, generator)
+                if unused:
+                    notes.append(f"{name}: {unused} of {sizes.atoms} atoms are used by no column")
+            if self.options.structure != "cospadi":
+                rank = rank_within(_rank_costs(problem.sites), budget.values)
+                found["low rank"] = list(build_layers(problem, pivot(space.factors(rank))))
+            kept = next(iter(found))
+            if len(found) > 1:
+                errors = {form: _output_error(problem, layers, space) for form, layers in found.items()}
+                kept = min(errors, key=lambda form: errors[form])
+                told = ", ".join(f"{form} {error:.4f}" for form, error in errors.items())
+                notes.append(f"{name}: {kept} kept; calibration errors at equal size: {told}")
+        return Compressed(list(found[kept]), notes, _output_error(problem, found[kept]))
+
+    def _sizes(self, sites: Sequence[Site], budget: Budget) -> Sizes:
+        options = self.options
+        return sizes_within(
+            budget.values, sites[0].d_in, [site.d_out for site in sites], options.rho, options.value_bits
+        )
+
+    def _space(self, problem: Problem) -> Whitened:
+        """L W diag(q), q = 1 where outputs are not weighted."""
+        statistics = joint_statistics(problem)
+        space = SVDLLM().space(stacked_weight(problem), statistics, problem.name)
+        if not self.options.output_weights:
+            return space
+        scale = _output_scale(statistics, problem)
+        return Whitened(space.matrix * scale, space.undo, output_scale=scale, repair=space.repair)
+
+    def _dictionary_layers(
+        self, problem: Problem, space: Whitened, sizes: Sizes, generator: torch.Generator
+    ) -> tuple[list[StructuredLinear], int]:
+        """One layer a site, the first owning the dictionary, and the number of unused atoms."""
+        options, matrix = self.options, space.matrix
+        scale = float(matrix.norm()) / math.sqrt(matrix.shape[1]) or 1.0
+        factors = learn_dictionary(
+            (matrix / scale).float(), sizes.atoms, sizes.nonzeros, options.solver, options.iterations,
+            options.tolerance, generator,
+        )  # fmt: skip
+        atoms = scale * factors.dictionary.double()
+        atoms = space.undo(atoms) if space.undo else atoms
+        length = atoms.norm(dim=0)
+        values = factors.values.double() * length[factors.indices]
+        if space.output_scale is not None:
+            values = values / space.output_scale[:, None]
+        if not (torch.isfinite(atoms).all() and torch.isfinite(values.float()).all()):
+            raise RunError(f"{problem.name}: the dictionary is not finite")
+        dictionary = nn.Parameter((atoms / length).to(torch.bfloat16).contiguous(), requires_grad=False)
+        layers: list[StructuredLinear] = []
+        d_outs = [site.d_out for site in problem.sites]
+        parts = zip(factors.indices.split(d_outs), values.split(d_outs), problem.biases, strict=True)
+        for indices, own, bias in parts:
+            shared = {"dictionary": problem.sites[0].name} if layers else None
+            layers.append(
+                SparseDictionaryLinear.from_factors(
+                    dictionary, indices, own, bias,
+                    value_bits=options.value_bits, shared=shared, dtype=problem.weights[0].dtype,
+                )
+            )  # fmt: skip
+        return layers, factors.unused_atoms
+
+
+def _dense_values(sites: Sequence[Site]) -> int:
+    return sum(site.dense_values for site in sites)
+
+
+def _rank_costs(sites: Sequence[Site]) -> Tensor:
+    return rank_costs(sites[0].d_in, [site.d_out for site in sites], pivoted=True)
+
+
+def _output_scale(statistics: JointStatistics, problem: Problem) -> Tensor:
+    """(sum d_out,) float64: sqrt(h + 1e-2 mean(h)), h the diagonal of each site's output-gradient Gram, per token."""
+    scales = []
+    for site, part in zip(problem.sites, statistics.parts, strict=True):
+        h = part.require("output_gram", site.name).diagonal().double() / max(part.backward_tokens, 1)
+        if len(h) != site.d_out:
+            raise InputError(f"{site.name}: the output-gradient Gram must have {site.d_out} rows; got {len(h)}")
+        if not h.any():
+            raise InputError(f"{site.name}: the output-gradient Gram is zero: the loss does not depend on this site")
+        scales.append((h + DAMPING[1] * h.mean()).sqrt())
+    return torch.cat(scales)
+
+
+def _output_error(problem: Problem, layers: Sequence[StructuredLinear], space: Whitened | None = None) -> float:
+    """Relative error of the outputs on the calibration data, of the layers as stored, each site under its own Gram.
+
+    With a space, outputs count as that weights them.
+    """
+    scale = space.output_scale if space is not None else None
+    scales = scale.split([site.d_out for site in problem.sites]) if scale is not None else [1.0] * len(layers)
+    missed = total = 0.0
+    for weight, statistics, layer, own in zip(problem.weights, problem.statistics, layers, scales, strict=True):
+        exact = weight.detach().double()
+        gram = statistics.require("gram", problem.name).to(exact)
+        rows = torch.stack((exact - layer.to_dense().detach().double(), exact))
+        squares = ((rows @ gram) * rows).sum(2) * torch.as_tensor(own).to(exact).square()
+        missed, total = missed + float(squares[0].sum()), total + float(squares[1].sum())
+    return math.sqrt(max(missed, 0.0) / total) if total > 0 else 0.0

@@ -1,0 +1,50 @@
+"""The main job on a real model: SmolLM2-135M-Instruct from its GGUF file, on text that every CPython carries."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llmcompress
+from llmcompress import Recipe
+from llmcompress.checkpoint.verify import verify
+from llmcompress.layers.low_rank import LowRankLinear
+
+
+@pytest.fixture(scope="module")
+def run(smollm2_name, tmp_path_factory):
+    """Keys and values of all blocks at half their size, and what the run reported."""
+    output = tmp_path_factory.mktemp("smollm2") / "out"
+    recipe = {
+        "model": smollm2_name,
+        "calibration": {"dataset": "python-docs", "samples": 16, "length": 256},
+        "compress": [{"method": "svd_llm", "ratio": 0.5, "targets": ["k", "v"], "share": "input"}],
+        "eval": {"perplexity": ["python-docs"], "length": 256, "windows": 2},
+        "output": str(output),
+    }
+    return llmcompress.apply(Recipe.parse(recipe))
+
+
+def test_metrics_are_those_of_the_model(run):
+    size = run.metrics["size"]
+    assert size["model"]["dense"] == 134_515_008
+    assert size["targeted"]["dense"] == 2 * 30 * 576 * 192
+    assert 0.5 <= size["targeted"]["removed"] < 0.51
+    found = run.metrics["perplexity"]["python-docs"]
+    assert found["dense"]["perplexity"] < found["compressed"]["perplexity"] < 2 * found["dense"]["perplexity"]
+    assert json.loads((run.folder / "metrics.json").read_text())["perplexity"] == run.metrics["perplexity"]
+    assert verify(run.folder) == 1
+
+
+def test_the_reloaded_model_still_knows_its_capitals(run):
+    model = AutoModelForCausalLM.from_pretrained(run.folder)
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    assert isinstance(model.model.layers[7].self_attn.v_proj, LowRankLinear)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "gguf" not in (run.folder / "config.json").read_text().lower()
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True, return_tensors="pt", return_dict=True,
+    )  # fmt: skip
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
