@@ -2,10 +2,10 @@
 
     python benchmarks/quality.py --data FOLDER [--ratios 0.2 0.3 0.4] [--only svd_llm ...] [--results quality.jsonl]
 
-FOLDER holds WikiText-2 as `wikitext-2/valid.txt` and `test.txt`. Setting: float32, all attention and FFN projections of all
-blocks; calibrated on the first 64 x 512 tokens of the validation text; perplexity on the first 16 x 1,024 tokens of the
-test text and, as a second domain, of CPython's help texts. Every model is saved and measured as `from_pretrained` loads it.
-Rows already in the results file are not measured again, so that a stopped run goes on.
+FOLDER holds WikiText-2 as `wikitext-2/valid.txt` and `test.txt`. Setting: float32, all attention and FFN projections of
+all blocks; calibrated on the first 64 x 512 tokens of the validation text; perplexity on the first 16 x 1,024 tokens of
+the test text and, as a second domain, of CPython's help texts. Every model is saved and measured as `from_pretrained`
+loads it. Rows already in the results file are not measured again, so that a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import llmcompress
 import torch
+from llmcompress_eval.perplexity import perplexity, windows
+from rich.console import Console
+from rich.table import Table
+
+import llmcompress
 from llmcompress.calibration.text import pack, python_docs, read_documents, tokenize
 from llmcompress.layers.base import StructuredLinear
 from llmcompress.models.load import Location, load_model, load_tokenizer, locate
 from llmcompress.models.structure import analyse
-from llmcompress_eval.perplexity import perplexity, windows
-from rich.console import Console
-from rich.table import Table
 
 MODEL = "builtin:smollm2-135m-instruct"
 #: label -> a compress step; a new method joins here with the settings it is meant to be used with
@@ -41,6 +42,22 @@ STEPS: dict[str, dict[str, Any]] = {
     "svd_llm, pivot form, d_rank": {"method": "svd_llm", "allocation": "d_rank"},
     "swift_svd, pivot form": {"method": "swift_svd"},
     "basis_sharing, pivot form": {"method": "basis_sharing"},
+    "svd_llm, pivot form, welore": {"method": "svd_llm", "allocation": "welore"},
+    "kfac_svd, pivot form": {"method": "kfac_svd"},
+    "kfac_svd, pivot form, loss_aware": {"method": "kfac_svd", "allocation": "loss_aware"},
+    "kfac_svd, pivot form, one basis an input, loss_aware": {
+        "method": "kfac_svd",
+        "share": "input",
+        "allocation": "loss_aware",
+    },
+    "cospadi, private": {"method": "cospadi", "share": "none"},
+    "cospadi": {"method": "cospadi"},
+    "cospadi, auto": {"method": "cospadi", "structure": "auto"},
+    "cospadi, output weights, loss_aware": {
+        "method": "cospadi",
+        "output_weights": True,
+        "allocation": "loss_aware",
+    },
 }
 
 
@@ -107,8 +124,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         removed, seconds = row.get("removed", 0.0), row.get("cpu_seconds", 0.0)
         table.add_row(
-            row["step"], f"{row['ratio']:.1f}", f"{removed:.2%}", f"{row['wikitext2']:,.2f}", f"{row['python-docs']:,.2f}",
-            f"{seconds:.0f}",
+            row["step"], f"{row['ratio']:.1f}", f"{removed:.2%}",
+            f"{row['wikitext2']:,.2f}", f"{row['python-docs']:,.2f}", f"{seconds:.0f}",
         )  # fmt: skip
     return table
 

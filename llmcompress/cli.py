@@ -108,7 +108,7 @@ def apply(
 
 
 def _output_override(output: str) -> str:
-    return f"output={json.dumps(output, ensure_ascii=False)}"  # YAML would read \\ud83d\\ude00 as two characters
+    return f"output={json.dumps(output, ensure_ascii=False)}"  # YAML would read \ud83d\ude00 as two characters
 
 
 @app.command(name="eval")

@@ -15,6 +15,7 @@ import llmcompress
 from llmcompress.calibration.collect import InputStatistics, capture_inputs
 from llmcompress.checkpoint.install import install, structured_layers
 from llmcompress.checkpoint.quantizer import attach
+from llmcompress.compressors import dictionary_learning
 from llmcompress.compressors.cospadi import (
     CoSpaDi,
     CoSpaDiOptions,
@@ -293,6 +294,14 @@ def test_extrapolation_pays():
         coded = hard_thresholding_pursuit(y, D, 18, (coded[0], codes.gather(1, coded[0])))
     plain = math.sqrt(squared_error(y, D, *coded)) / float(y.norm())
     assert learn_dictionary(y, 36, 18, iterations=9, tolerance=0.0).history[-1] < 0.98 * plain
+
+
+def test_a_round_that_overshoots_is_undone(monkeypatch):
+    y = (correlated(200, 48).T @ normal(200, 300, seed=5)).float()
+    monkeypatch.setattr(dictionary_learning, "MOMENTUM", 8.0)
+    history = np.array(learn_dictionary(y, 36, 18, iterations=8, tolerance=0.0).history)
+    assert (np.diff(history) <= 0).all()
+    assert len(history) < 8
 
 
 def test_tolerance_stops_early_and_seed_decides():

@@ -1,6 +1,7 @@
 """A recipe is what it says, or an error of one line with the file, the key's path and the nearest valid name."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from llmcompress.errors import InputError
 from llmcompress.recipe import Compress, Recipe
 from llmcompress.schema import recipe_schema
 
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 MINIMAL = {"model": "folder", "output": "out", "compress": [{"method": "svd_llm"}]}
 
 
@@ -83,6 +85,16 @@ def test_every_method_is_built_from_its_name_alone(method):
 def test_every_allocation_is_built_from_its_name_alone(allocation):
     built = Recipe.parse(step(allocation=allocation)).compress[0].build_allocation()
     assert type(built) is catalog.get("allocation", allocation).load()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_that_come_along_are_valid(path):
+    assert Recipe.load(path).compress[0].build()
+
+
+def test_a_recipe_comes_along_for_every_method():
+    used = {step.method for path in RECIPES for step in Recipe.load(path).compress}
+    assert used == set(catalog.names("compressor"))
 
 
 def test_a_dumped_recipe_is_the_same_recipe():
