@@ -155,6 +155,7 @@ class Engine:
         output = self.store.new_hidden(following, self._shape, self.runner.dtype)
         collected = InputStatistics(sites, needs, self.runner.device)
         read = sites if needs else []
+        self._check_weights(sites)
         with (
             self.runner.block_loaded(index),
             capture_inputs(self.runner.model, read, collected.receive),
@@ -302,6 +303,7 @@ class Engine:
             if self.plan.two_passes:
                 return None
             return self._forward(index, sites, needs, f"hidden/{index:05d}", "hidden")
+        self._check_weights(sites)
         own = self._open(self._propagated(index))
         collected = InputStatistics(sites, needs, self.runner.device)
         crossed = "cross" in needs
@@ -346,6 +348,12 @@ class Engine:
             self._recent[key] = self._get_statistics(key) if self.store.has(key) else {}
         return self._recent[key]
 
+    def _check_weights(self, sites: Sequence[Site]) -> None:
+        """Before a block is run: what comes out of it would not tell which of its weights is to blame."""
+        for site in sites:
+            if not torch.isfinite(self.runner.weight(site)).all():
+                raise InputError(f"{site.name}: its weight is not finite")
+
     def _problem(self, unit: Sequence[Site], fresh: dict[str, Statistics] | None) -> Problem:
         device = self.runner.device
         statistics = []
@@ -353,10 +361,8 @@ class Engine:
             inputs = fresh if fresh is not None else self._stored("statistics", site.block)
             own = self._stored("gradients", site.block).get(site.name, Statistics())
             statistics.append(_to(inputs.get(site.input, Statistics()) + own, device))
+        self._check_weights(unit)
         weights = [self.runner.weight(site) for site in unit]
-        for site, weight in zip(unit, weights, strict=True):
-            if not torch.isfinite(weight).all():
-                raise InputError(f"{site.name}: its weight is not finite")
         return Problem(list(unit), weights, [self.runner.bias(site) for site in unit], statistics)
 
     def _compress_unit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from llmcompress.models.load import (
     DTYPES,
     Location,
     StreamedModel,
+    check_path,
     fingerprint,
     load_model,
     load_tokenizer,
@@ -74,6 +76,7 @@ class Pipeline:
     def __init__(self, recipe: Recipe, progress: Progress) -> None:
         self.recipe, self.progress = recipe, progress
         self.output = Path(recipe.output).expanduser().absolute()
+        check_path(self.output.with_name(f".{self.output.name}.work-{'0' * 12}"), "output")
         self.location = locate(recipe.model)
         self.device = choose_device(recipe.device)
         self.fingerprint = self._fingerprint()
@@ -176,6 +179,7 @@ class Pipeline:
 
     def _calibration_tokens(self, source: StreamedModel) -> Tensor:
         calibration = self.recipe.calibration
+        check_context(source, calibration.length)
         tokenizer = load_tokenizer(source.location)
         if calibration.dataset == "self":
             start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -187,6 +191,7 @@ class Pipeline:
         tokens = text.pack(
             text.tokenize(tokenizer, documents), calibration.samples, calibration.length, calibration.dataset
         )
+        check_vocabulary(source, tokens)
         if len(tokens) < calibration.samples:
             log.warning("%s: text for %d of %d sequences only", calibration.dataset, len(tokens), calibration.samples)
         return tokens
@@ -246,7 +251,7 @@ class Pipeline:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _all_work(self) -> Iterable[Path]:
-        return sorted(self.output.parent.glob(f".{self.output.name}.work-*"))
+        return sorted(self.output.parent.glob(f".{glob.escape(self.output.name)}.work-*"))
 
     def _finished(self) -> dict[str, Any] | None:
         """The metrics of this very run, if the output folder is its result."""
@@ -305,6 +310,22 @@ def size_metrics(source: StreamedModel, results: list[SiteResult], folder: Path)
             "compressed": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         },
     }
+
+
+def check_context(source: StreamedModel, length: int) -> None:
+    """InputError if calibration sequences are longer than the model's context."""
+    limit = getattr(source.model.config, "max_position_embeddings", None)
+    if isinstance(limit, int) and length > limit:
+        raise InputError(f"calibration.length: a sequence of {length} tokens exceeds the model's context of {limit}")
+
+
+def check_vocabulary(source: StreamedModel, tokens: Tensor) -> None:
+    """InputError if the tokenizer gives tokens for which the model has no embedding."""
+    known = source.model.get_input_embeddings().weight.shape[0]
+    if int(tokens.max()) >= known:
+        raise InputError(
+            f"model: the tokenizer beside it gives token {int(tokens.max())}, and the model knows {known}: not its own"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -51,6 +51,7 @@ def locate(model: str) -> Location:
     if model.startswith("builtin:"):
         return _builtin(model)
     path = Path(model).expanduser()
+    check_path(path, "model")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"model: no file {path}")
@@ -62,6 +63,17 @@ def locate(model: str) -> Location:
     if not any(path.glob("*.safetensors")):
         raise InputError(f"model: {path} holds no .safetensors file; only safetensors weights are loaded")
     return Location(path)
+
+
+def check_path(path: Path, key: str) -> None:
+    """InputError if the system takes no such path: a name that is too long, or a file where a folder must be."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:200]}..."
+        raise InputError(f"{key}: {shown} cannot be a path: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _builtin(model: str) -> Location:
@@ -137,7 +149,11 @@ def model_class(location: Location, trust_remote_code: bool = False) -> Any:
     """The class that the config names, otherwise AutoModelForCausalLM."""
     if location.gguf:
         return AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(location.folder, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(location.folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"model: {location.folder}: its config is not usable: {reason}") from error
     for name in config.architectures or []:
         if isinstance(found := getattr(transformers, name, None), type):
             return found

@@ -333,6 +333,16 @@ def test_many_sites_are_within_a_percent_of_the_integer_programme(units, share):
     assert budget - cost <= max(steps), "no more is left than a step of one rank"
 
 
+def test_no_step_that_helps_still_fits_where_the_search_gives_up():
+    curves, costs = tables(1, 150, ranks=(60, 200))
+    budget = between(costs, 0.4)
+    ranks = allocate(curves, costs, budget)
+    left = budget - totals(curves, costs, ranks)[1]
+    for unit, rank in ranks.items():
+        saved, spent = curves[unit][rank] - curves[unit], costs[unit] - costs[unit][rank]
+        assert not ((saved > 0) & (spent <= left)).any()
+
+
 def test_a_budget_for_everything_buys_everything_that_helps():
     curves, costs = tables(3)
     assert allocate(curves, costs, between(costs, 1.0)) == {unit: len(curve) - 1 for unit, curve in curves.items()}

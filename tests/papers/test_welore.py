@@ -14,6 +14,7 @@ from llmcompress.calibration import text
 from llmcompress.compressors.allocation.welore import (
     WeLore,
     WeLoreOptions,
+    fill_budget,
     global_threshold,
     normalize_spectrum,
     split_components,
@@ -178,6 +179,16 @@ def toy_units(spectra, pivoted=False):
     return units, profiles
 
 
+def test_what_the_threshold_leaves_goes_to_the_next_values_that_fit():
+    """Next come .9 (which stores 5 more), .8 and .6 (2 each); the third matrix is dense already."""
+    spectra = [torch.tensor(s) for s in ([1.0, 0.9, 0.1], [1.0, 0.8, 0.6], [1.0, 1.0, 0.7, 0.2])]
+    stored = [torch.tensor(c) for c in ([0.0, 5, 10, 15], [0.0, 2, 4, 6], [0.0, 2, 4, 4, 4])]
+    assert fill_budget(spectra, stored, [1, 1, 2], 11) == [1, 1, 2]
+    assert fill_budget(spectra, stored, [1, 1, 2], 13.5) == [1, 2, 2]
+    assert fill_budget(spectra, stored, [1, 1, 2], 15) == [1, 3, 2]
+    assert fill_budget(spectra, stored, [1, 1, 2], 18) == [2, 2, 2]
+
+
 @pytest.mark.parametrize("pivoted", [False, True])
 @pytest.mark.parametrize("split", ["storage", "half"])
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6])
@@ -189,8 +200,10 @@ def test_budgets_follow_the_threshold_and_use_the_ratio_up(toy, ratio, split, pi
     dense = [profile.dense for profile in profiles]
     whole = (1 - ratio) * sum(dense)
     assert sum(budgets) <= whole
-    if split == "storage":  # half jumps from half the rank to dense
-        assert whole - sum(budgets) < max(float(profile.costs.diff().max()) for profile in profiles)
+    for profile, rank, low_rank in zip(profiles, report.ranks, report.low_rank, strict=True):
+        if split == "storage" and low_rank:  # half jumps from half the rank to dense
+            step = min(float(profile.costs[rank + 1]), profile.dense) - float(profile.costs[rank])
+            assert whole - sum(budgets) < step, "one more rank would fit"
     assert report.removed == pytest.approx(1 - sum(budgets) / sum(dense))
     for index, profile in enumerate(profiles):
         by_threshold = int((normalize_spectrum(toy[index]) >= report.threshold).sum())

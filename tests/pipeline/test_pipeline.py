@@ -245,7 +245,7 @@ def test_changed_input_is_noticed(change, text, tmp_path):
          "compress.1.targets: model.layers.0.self_attn.q_proj belongs to compress.0 already"),
         ({"compress": [{"method": "svd", "ratio": 0.99}]}, "is below rank 1"),
         ({"calibration": {"dataset": "nowhere.txt"}}, "nowhere.txt: no such file"),
-        ({"calibration": {"dataset": "TEXT", "length": 9000}}, "6000 tokens, fewer than one sequence of 9000"),
+        ({"calibration": {"dataset": "TEXT", "length": 9000}}, "calibration.length: a sequence of 9000 tokens exceeds the model's context of 64"),
         ({"eval": {"perplexity": ["nowhere.txt"], "length": 16}}, "nowhere.txt: no such file"),
         ({"eval": {"perplexity": ["TEXT"], "length": 65}}, "a window of 65 tokens exceeds the model's context of 64"),
         ({"model": "no/such/model"}, "model: no folder, no .gguf file and no hub id: no/such/model"),
