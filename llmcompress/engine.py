@@ -373,7 +373,7 @@ class Engine:
         generator = torch.Generator(device=self.runner.device).manual_seed(seed)
         compressed = step.compressor.compress(problem, budget, generator)
         for note in compressed.notes:
-            log.info("%s: %s", problem.name, note)
+            log.info("%s", note)
         layers = {s.name: layer for s, layer in zip(unit, compressed.layers, strict=True) if layer is not None}
         results = [
             site_result(site, step.recipe.method, weight, layers.get(site.name), compressed.error, compressed.notes)

@@ -1,6 +1,6 @@
 """Two-sided whitening and the global budget: the optimum of their problems, and what they predict of real losses."""
 
-import copy
+import dataclasses
 import itertools
 import shutil
 
@@ -19,7 +19,7 @@ from llmcompress.calibration import text
 from llmcompress.checkpoint.install import install
 from llmcompress.compressors.allocation.loss_aware import LossAware, allocate, choices
 from llmcompress.compressors.kfac_svd import KFACSVD, KFACSVDOptions, two_sided_factorize
-from llmcompress.compressors.low_rank import LowRankFactors, pivot, rank_costs
+from llmcompress.compressors.low_rank import LowRankFactors, joint_statistics, pivot, rank_costs, stacked_weight
 from llmcompress.compressors.svd import svd_factorize
 from llmcompress.compressors.svd_llm import svd_llm_factorize
 from llmcompress.engine import Engine, Settings, load_layers
@@ -53,7 +53,7 @@ def problem(seed=0, d_in=D_IN, d_out=D_OUT):
 def curvature_error(weight, G, H, factors):
     """sqrt(tr(H dW G dWᵀ)), from the definition."""
     missed = (weight - factors.to_dense()).numpy()
-    return float(np.sqrt(np.trace(H.numpy() @ missed @ G.numpy() @ missed.T)))
+    return float(np.sqrt((H.numpy() @ missed @ G.numpy() * missed).sum()))
 
 
 def two_sided_spectrum(weight, G, H):
@@ -515,23 +515,32 @@ def test_the_output_side_holds_on_another_text(thirty_percent):
 
 @pytest.mark.slow
 def test_pivot_form_of_all_real_sites(thirty_percent):
-    """Moderate coefficients, exactly r (d_in + d_out - r) values, and storing bfloat16 adds little to the loss."""
+    """Moderate coefficients, exactly r (d_in + d_out - r) values; stored as bfloat16 they cost the loss no more.
+
+    Over all sites together: of a site with little to lose (block 0's queries) the pivot form loses more by rounding.
+    """
     _, layers, _, engine = thirty_percent(method="kfac_svd")
-    exact = stored = 0.0
+    method, losses = engine.plan.steps[0].compressor, {"exact": 0.0, "plain": 0.0, "pivoted": 0.0}
     assert len(layers) == 210
     for (site,) in engine.plan.steps[0].units:
         layer, found = layers[site.name], engine._problem([site], None)
         assert layer.B.abs().max() <= 4, site.name
         assert layer.A.numel() + layer.B.numel() == layer.rank * (layer.d_in + layer.d_out - layer.rank)
-        G = found.statistics[0].gram / found.statistics[0].tokens
+        weight, statistics = stacked_weight(found), joint_statistics(found)
+        factors = method.space(weight, statistics, site.name).factors(layer.rank)
+        pivoted = pivot(factors)
+        G = statistics.gram / statistics.tokens
         H = found.statistics[0].output_gram / found.statistics[0].backward_tokens
-        for narrow in (False, True):
-            kept = copy.deepcopy(layer).bfloat16() if narrow else layer
-            missed = found.weights[0].double() - kept.double().to_dense().detach()
-            loss = float((H @ missed @ G * missed).sum())
-            exact, stored = (exact, stored + loss) if narrow else (exact + loss, stored)
-    print(f"summed loss {exact:.4f}, with bfloat16 factors {stored:.4f}")
-    assert stored <= 1.02 * exact
+        for name, kept in (("exact", factors), ("plain", narrow(factors)), ("pivoted", narrow(pivoted))):
+            losses[name] += curvature_error(weight, G, H, kept) ** 2
+    print(losses)
+    assert losses["pivoted"] <= 1.001 * losses["plain"]
+    assert losses["pivoted"] <= 1.01 * losses["exact"]
+
+
+def narrow(factors):
+    """The factors as bfloat16 stores them."""
+    return dataclasses.replace(factors, A=factors.A.bfloat16().double(), B=factors.B.bfloat16().double())
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
