@@ -71,7 +71,7 @@ class CoSpaDiOptions(BaseModel, extra="forbid"):
     )
     layers: int = Field(default=2, ge=1, description="blocks that share a dictionary with share: layers")
     structure: Literal["cospadi", "low_rank", "auto"] = Field(
-        default="cospadi",
+        default="auto",
         description="auto: of the dictionary and the pivoted whitened SVD of the same size, the one with the lower "
         "calibration error, unit by unit",
     )
@@ -186,7 +186,8 @@ def cospadi(
 ) -> StructuredLinear:
     """The layer that stands for weight (d_out, d_in) at 1 - ratio of its 16-bit size, fitted under the input Gram.
 
-    gram (d_in, d_in) = XᵀX. InputError for bad weights, Grams, ratios. Source: arXiv 2509.22075.
+    gram (d_in, d_in) = XᵀX. A dictionary, unless `options` ask for another structure. InputError for bad weights,
+    Grams, ratios. Source: arXiv 2509.22075.
     """
     return cospadi_shared([weight], [gram], ratio, options, generator)[0]
 
@@ -219,7 +220,8 @@ def cospadi_shared(
     statistics = [Statistics(tokens=math.inf, gram=gram) for gram in grams]
     problem = Problem(sites, list(weights), [None] * len(sites), statistics)
     generator = generator or torch.Generator(device=weights[0].device).manual_seed(SEED)
-    layers = CoSpaDi(options).compress(problem, Budget.for_ratio(sites, ratio), generator).layers
+    method = CoSpaDi(options or CoSpaDiOptions(structure="cospadi"))
+    layers = method.compress(problem, Budget.for_ratio(sites, ratio), generator).layers
     return [layer for layer in layers if layer is not None]
 
 

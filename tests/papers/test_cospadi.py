@@ -40,6 +40,8 @@ from llmcompress.layers.sparse_dictionary import SparseDictionaryLinear
 from llmcompress.models.structure import analyse
 from llmcompress.types import Budget, Problem, Site, Statistics
 
+DICTIONARY = CoSpaDi(CoSpaDiOptions(structure="cospadi"))
+
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -424,7 +426,7 @@ def test_output_weights_lower_the_weighted_error():
             total += float((missed.square().sum(0) * h).sum())
         return total
 
-    plain, aware = (CoSpaDi(CoSpaDiOptions(output_weights=flag)) for flag in (False, True))
+    plain, aware = (CoSpaDi(CoSpaDiOptions(structure="cospadi", output_weights=flag)) for flag in (False, True))
     assert plain.needs == {"gram"}
     assert aware.needs == {"gram", "output_gram"}
     budget = Budget.for_ratio(unit, 0.3)
@@ -439,7 +441,9 @@ def test_equal_output_weights_change_nothing():
     for statistics, site in zip(problem.statistics, unit, strict=True):
         statistics.output_gram = 300 * torch.eye(site.d_out, dtype=torch.float64)
     plain, aware = (
-        CoSpaDi(CoSpaDiOptions(output_weights=flag)).compress(problem, Budget.for_ratio(unit, 0.3), seeded())
+        CoSpaDi(CoSpaDiOptions(structure="cospadi", output_weights=flag)).compress(
+            problem, Budget.for_ratio(unit, 0.3), seeded()
+        )
         for flag in (False, True)
     )
     assert plain.error == pytest.approx(aware.error, rel=1e-3)
@@ -469,15 +473,15 @@ def test_auto_takes_the_lower_error_and_says_so():
 def test_profile_is_the_whitened_spectrum_with_a_floor_under_its_costs():
     unit = sites_of()[:3]
     problem, inputs = problem_for(unit)
-    profile = CoSpaDi().profile(problem)
+    profile = DICTIONARY.profile(problem)
     X, W = inputs["layers.0.q"].numpy(), torch.cat(problem.weights).double().numpy()
     np.testing.assert_allclose(profile.spectrum, np.linalg.svd(X @ W.T, compute_uv=False)[:48], rtol=1e-6)
     assert profile.dense == 48 * 80
     expected = rank_costs(48, [48, 16, 16], pivoted=True)
     np.testing.assert_allclose(profile.costs, expected.clamp_min(0.35 * 48 * 80), rtol=1e-12)
-    raw = CoSpaDi().profile(problem, raw=True)
+    raw = DICTIONARY.profile(problem, raw=True)
     np.testing.assert_allclose(raw.spectrum, np.linalg.svd(W, compute_uv=False), rtol=1e-9)
-    aware = CoSpaDi(CoSpaDiOptions(output_weights=True)).profile(problem)
+    aware = CoSpaDi(CoSpaDiOptions(structure="cospadi", output_weights=True)).profile(problem)
     assert not np.allclose(aware.spectrum / aware.spectrum[0], profile.spectrum / profile.spectrum[0], rtol=0.05)
 
 
@@ -485,7 +489,7 @@ def test_profile_is_the_whitened_spectrum_with_a_floor_under_its_costs():
 def test_layers_compute_in_the_weights_dtype_and_keep_the_bias(dtype):
     unit = sites_of()[:3]
     problem, _ = problem_for(unit, dtype=dtype)
-    layers = CoSpaDi().compress(problem, Budget.for_ratio(unit, 0.3), seeded()).layers
+    layers = DICTIONARY.compress(problem, Budget.for_ratio(unit, 0.3), seeded()).layers
     assert layers[0](torch.ones(2, 48, dtype=dtype)).dtype == dtype
     assert torch.equal(layers[0].bias, problem.biases[0])
     assert layers[0].dictionary.dtype == torch.bfloat16
@@ -512,7 +516,7 @@ def test_reloaded_model_has_the_same_bits_and_the_file_holds_what_is_counted(dty
     model = tiny_llama(dtype)
     tokens = torch.randint(0, 120, (8, 32), generator=seeded())
     dense = {name: p.numel() for name, p in model.named_parameters() if "_proj" in name}
-    llmcompress.compress(model, method="cospadi", ratio=0.3, tokens=tokens)
+    llmcompress.compress(model, method="cospadi", structure="cospadi", ratio=0.3, tokens=tokens)
     model.save_pretrained(tmp_path / "one")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=dtype)
     with torch.no_grad():
@@ -528,10 +532,21 @@ def test_reloaded_model_has_the_same_bits_and_the_file_holds_what_is_counted(dty
     assert all(torch.equal(tensor, again[name]) for name, tensor in tensors_in(tmp_path / "one").items())
 
 
+def test_a_model_of_both_structures_reloads_bit_for_bit(tmp_path):
+    model = tiny_llama()
+    tokens = torch.randint(0, 120, (8, 32), generator=seeded())
+    llmcompress.compress(model, method="cospadi", ratio=0.2, tokens=tokens)
+    assert {layer.kind for layer in structured_layers(model).values()} == {"low_rank", "sparse_dictionary"}
+    model.save_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, back(tokens).logits)
+
+
 def test_a_compressed_model_can_be_fine_tuned_saved_and_loaded(tmp_path):
     model = tiny_llama()
     tokens = torch.randint(0, 120, (8, 32), generator=seeded())
-    llmcompress.compress(model, method="cospadi", ratio=0.3, tokens=tokens)
+    llmcompress.compress(model, method="cospadi", structure="cospadi", ratio=0.3, tokens=tokens)
     with torch.no_grad():
         before = model(tokens).logits
     for layer in structured_layers(model).values():
@@ -718,9 +733,23 @@ def compressed_perplexity(smollm2, setting, options, ratio, folder):
     ],
 )  # fmt: skip
 def test_whole_model_from_its_stored_form(smollm2, setting_r, tmp_path, share, ratio, limit):
-    found = compressed_perplexity(smollm2, setting_r, CoSpaDiOptions(share=share), ratio, tmp_path / "model")
+    found = compressed_perplexity(
+        smollm2, setting_r, CoSpaDiOptions(structure="cospadi", share=share), ratio, tmp_path / "model"
+    )
     print(f"share {share}, {ratio:.0%} removed: perplexity {found:.2f}")
     assert found <= limit
+
+
+@pytest.mark.slow
+def test_auto_beats_both_of_its_structures_on_the_whole_model(smollm2, setting_r, tmp_path):
+    found = {
+        structure: compressed_perplexity(
+            smollm2, setting_r, CoSpaDiOptions(structure=structure), 0.3, tmp_path / structure
+        )
+        for structure in ("auto", "cospadi", "low_rank")
+    }
+    print("30% removed, shared by input:", found)
+    assert found["auto"] <= min(found["cospadi"], found["low_rank"])
 
 
 # --- bad and odd input -----------------------------------------------------------------------------------------------
@@ -729,7 +758,7 @@ def test_whole_model_from_its_stored_form(smollm2, setting_r, tmp_path, share, r
 def test_few_tokens_shift_the_gram_and_are_named():
     unit = sites_of()[:3]
     problem, _ = problem_for(unit, tokens=30)
-    done = CoSpaDi().compress(problem, Budget.for_ratio(unit, 0.3), seeded())
+    done = DICTIONARY.compress(problem, Budget.for_ratio(unit, 0.3), seeded())
     assert "30 calibration tokens for 48 inputs: Gram singular (rank 30 of 48)" in done.notes[0]
     assert all(torch.isfinite(layer.to_dense()).all() for layer in done.layers)
 
@@ -739,7 +768,9 @@ def test_zero_weights_give_zero(solver):
     unit = sites_of()[:3]
     problem, _ = problem_for(unit)
     problem.weights = [torch.zeros_like(weight) for weight in problem.weights]
-    done = CoSpaDi(CoSpaDiOptions(solver=solver, iterations=2)).compress(problem, Budget.for_ratio(unit, 0.3), seeded())
+    done = CoSpaDi(CoSpaDiOptions(structure="cospadi", solver=solver, iterations=2)).compress(
+        problem, Budget.for_ratio(unit, 0.3), seeded()
+    )
     assert not any(layer.to_dense().any() for layer in done.layers)
     assert done.error == 0
     assert "atoms are used by no column" in done.notes[-1]
@@ -750,7 +781,7 @@ def test_duplicated_zero_and_few_distinct_columns(solver):
     weight = normal(3, 48).repeat(20, 1).float()
     weight[7] = 0
     X = correlated()
-    layer = cospadi(weight, X.T @ X, 0.3, CoSpaDiOptions(solver=solver, iterations=5))
+    layer = cospadi(weight, X.T @ X, 0.3, CoSpaDiOptions(structure="cospadi", solver=solver, iterations=5))
     assert not layer.to_dense()[7].any()
     assert relative(X, weight.double(), layer) < 0.05  # dependent atoms, whose values cancel, feel the rounding
     y = (X @ weight.double().T).float()
@@ -760,10 +791,10 @@ def test_duplicated_zero_and_few_distinct_columns(solver):
 def test_a_generous_budget_leaves_the_weights_dense():
     unit = sites_of()[:1]
     problem, _ = problem_for(unit)
-    done = CoSpaDi().compress(problem, Budget(48 * 48), seeded())
+    done = DICTIONARY.compress(problem, Budget(48 * 48), seeded())
     assert done.layers == [None]
     assert "left dense" in done.notes[0]
-    assert CoSpaDi().plan(unit, Budget(48 * 48))["values"] == 48 * 48
+    assert DICTIONARY.plan(unit, Budget(48 * 48))["values"] == 48 * 48
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.2])
@@ -782,7 +813,7 @@ def test_impossible_sizes():
     with pytest.raises(InputError, match=r"non-zeros a column must be between 1 and the number of atoms, 9; got 10"):
         learn_dictionary(normal(20, 30), 9, 10)
     with pytest.raises(InputError, match=r"layers\.0\.q: the budget of 10 values is below"):
-        CoSpaDi().plan(sites_of()[:1], Budget(10))
+        DICTIONARY.plan(sites_of()[:1], Budget(10))
     for options in ({"rho": 0.9}, {"value_bits": 17}, {"iterations": 0}, {"tolerance": -1}, {"share": "all"}, {"x": 1}):
         with pytest.raises(ValueError, match=next(iter(options))):
             CoSpaDiOptions(**options)
@@ -796,7 +827,7 @@ def test_bad_weights_grams_and_gradients_name_the_site():
         problem, _ = problem_for(unit)
         change(problem)
         with pytest.raises(InputError, match="layers.0.q: " + message):
-            CoSpaDi(CoSpaDiOptions(output_weights=True)).compress(problem, budget, seeded())
+            CoSpaDi(CoSpaDiOptions(structure="cospadi", output_weights=True)).compress(problem, budget, seeded())
 
     def set_statistic(name, value):
         return lambda problem: setattr(problem.statistics[0], name, value)
