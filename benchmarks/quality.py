@@ -51,11 +51,18 @@ STEPS: dict[str, dict[str, Any]] = {
         "allocation": "loss_aware",
     },
     "cospadi, private": {"method": "cospadi", "share": "none"},
+    "cospadi, dictionaries only": {"method": "cospadi", "structure": "cospadi"},
     "cospadi": {"method": "cospadi"},
-    "cospadi, auto": {"method": "cospadi", "structure": "auto"},
-    "cospadi, output weights, loss_aware": {
+    "cospadi, diagonal output weights": {"method": "cospadi", "output_weights": "diagonal"},
+    "cospadi, full output weights": {"method": "cospadi", "output_weights": "full"},
+    "cospadi, diagonal output weights, loss_aware": {
         "method": "cospadi",
-        "output_weights": True,
+        "output_weights": "diagonal",
+        "allocation": "loss_aware",
+    },
+    "cospadi, full output weights, loss_aware": {
+        "method": "cospadi",
+        "output_weights": "full",
         "allocation": "loss_aware",
     },
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmcompress.calibration.collect import BACKWARD, FORWARD
 from llmcompress.catalog import nearest
+from llmcompress.compressors.allocation.spectra import LOSS_NEEDS
 from llmcompress.errors import InputError
 from llmcompress.models.structure import Structure
 from llmcompress.recipe import Compress
@@ -31,6 +32,11 @@ class Step:
     def sites(self) -> list[Site]:
         return [site for unit in self.units for site in unit]
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that the method reads, and those that the allocation's curves take."""
+        return self.compressor.needs | (LOSS_NEEDS if self.allocation.spectra == "loss" else frozenset())
+
 
 @dataclass
 class Plan:
@@ -45,7 +51,7 @@ class Plan:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset().union(*(step.compressor.needs for step in self.steps))
+        return frozenset().union(*(step.needs for step in self.steps))
 
     @property
     def forward_needs(self) -> frozenset[str]:
@@ -70,7 +76,8 @@ class Plan:
     @property
     def two_passes(self) -> bool:
         """Whether statistics of all blocks must be known before the first one is compressed."""
-        return bool(self.needs_profiles or self.backward_needs or self.spans_blocks)
+        measured = any(step.allocation.needs_profiles and step.allocation.spectra != "weight" for step in self.steps)
+        return bool(measured or self.backward_needs or self.spans_blocks)
 
     def budgets(self, profiles: list[list[Any]] | None) -> list[list[Budget]]:
         """The budget of every unit of every step; `profiles` in the same order, where an allocation needs them."""

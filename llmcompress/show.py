@@ -72,6 +72,36 @@ def result_table(folder: Path, metrics: dict[str, Any], speed: dict[str, Any] | 
     return table
 
 
+def kept_table(sites: list[dict[str, Any]]) -> Table:
+    """Where the budget went: kept shares by role (of all that share factors) and depth, and how many stayed dense."""
+    units: dict[str, list[dict[str, Any]]] = {}
+    for site in sites:
+        owner = next(iter(((site["spec"] or {}).get("shared") or {}).values()), site["name"])
+        units.setdefault(owner, []).append(site)
+    labels = [" ".join(site["role"] for site in unit) for unit in units.values()]
+    roles: dict[str, list[dict[str, Any]]] = {}
+    for (
+        site
+    ) in sites:  # of a unit left dense, nothing says that its sites were one: they join the others of their roles
+        label = max((label for label in labels if site["role"] in label.split()), key=len)
+        roles.setdefault(label, []).append(site)
+    depth = 1 + max(site["block"] for site in sites)
+    table = Table(title="kept of the dense values", title_justify="left")
+    for column in ("", "first third of blocks", "middle", "last", "all", "left dense"):
+        table.add_column(column, justify="left" if not column else "right")
+    for role, own in roles.items():
+        thirds = [[site for site in own if 3 * site["block"] // depth == third] for third in range(3)]
+        dense = sum(site["spec"] is None for site in own)
+        table.add_row(
+            role, *[f"{_kept(part):.1%}" if part else "" for part in (*thirds, own)], f"{dense} of {len(own)}"
+        )
+    return table
+
+
+def _kept(sites: list[dict[str, Any]]) -> float:
+    return float(sum(site["stored_values"] for site in sites) / sum(site["dense_values"] for site in sites))
+
+
 def seconds_line(seconds: dict[str, float]) -> str:
     parts = ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())
     return f"{sum(seconds.values()):.0f} s: {parts}"

@@ -146,13 +146,15 @@ class Profile:
 
     spectrum (p,): singular values, descending, of the unit's matrix in the compressor's own (whitened) space, float64:
     dropping value j costs spectrum[j]². costs (p + 1,): dense values stored at rank 0..p, never falling; a method that
-    needs a least size says so by costs that start there. dense: values stored dense.
+    needs a least size says so by costs that start there. dense: values stored dense. losses (p + 1,): the loss at each
+    cost where it was measured; otherwise that of dropping values, summed, takes its place.
     """
 
     sites: list[Site]
     spectrum: Tensor
     costs: Tensor
     dense: int
+    losses: Tensor | None = None
 
 
 class Compressor(Protocol):
@@ -164,8 +166,11 @@ class Compressor(Protocol):
     def units(self, sites: Sequence[Site]) -> list[list[Site]]:
         """Groups the targeted sites (in block order) into units that are factorised together."""
 
-    def profile(self, problem: Problem, raw: bool = False) -> Profile:
-        """The unit's spectrum, for allocations that need one; `raw`: that of the weights, which takes no statistics."""
+    def costs(self, sites: Sequence[Site]) -> Tensor:
+        """`costs` of the unit's profile."""
+
+    def profile(self, problem: Problem) -> Profile:
+        """The unit's spectrum in the method's own space, for allocations that need one."""
 
     def plan(self, sites: Sequence[Site], budget: Budget) -> dict[str, Any]:
         """Sizes chosen for the budget, without data: what a dry run prints (`rank`, `atoms`, ..., `values`)."""

@@ -6,6 +6,7 @@ error ||X (W - D S)||_F equals ||L (W - D S)||_F for any L with Lᵀ L = XᵀX: 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
+from llmcompress.backends.choice import Backend
+from llmcompress.backends.dictionary import code_again, solve_again
 from llmcompress.compressors.basis_sharing import BasisSharing, BasisSharingOptions
 from llmcompress.compressors.dictionary_learning import DictionaryFactors, learn_fast, mod_update
 from llmcompress.compressors.hard_thresholding import check_sparsity, hard_thresholding_pursuit
 from llmcompress.compressors.kfac_svd import DAMPING, KFACSVD
 from llmcompress.compressors.ksvd import ksvd_sweep, learn_ksvd, omp
+from llmcompress.compressors.loss_refinement import ROUNDS, refine
 from llmcompress.compressors.low_rank import (
-    JointStatistics,
     Whitened,
     build_layers,
     joint_statistics,
@@ -58,9 +61,13 @@ __all__ = [
 ]
 
 Solver = Literal["fast", "ksvd"]
+OutputWeights = Literal["none", "diagonal", "full"]
 ITERATIONS = {"fast": 10, "ksvd": 60}
 SEED = 42
-LEAST_SHARE = 0.35  # of a unit's dense values: below it, low-rank curves say too little about a dictionary
+LEAST_SHARE = 0.35  # of a unit's dense values: below it, curves say too little about a dictionary
+#: kept shares at which short fits measure a dictionary's loss; its logarithm is taken as linear in the share
+PROBES = (0.5, 0.75)
+PROBE_ITERATIONS = 3
 
 
 class CoSpaDiOptions(BaseModel, extra="forbid"):
@@ -89,9 +96,17 @@ class CoSpaDiOptions(BaseModel, extra="forbid"):
         le=MAX_VALUE_BITS,
         description="bits of a stored code value: a shortened bfloat16",
     )
-    output_weights: bool = Field(
-        default=False, description="weight each output by how much the loss depends on it (needs a backward pass)"
+    output_weights: OutputWeights = Field(
+        default="none",
+        description="diagonal: weight each output by how much the loss depends on it; full: and by how outputs act "
+        "together on the loss (both need a backward pass)",
     )
+    coder: Backend | None = Field(default=None, description="backend that codes the columns over the final dictionary")
+    refit: Backend | None = Field(
+        default=None, description="backend that solves for the dictionary once more, given the final codes"
+    )
+
+    BACKENDS: ClassVar[dict[str, str]] = {"coder": "sparse coder", "refit": "solver"}
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -233,32 +248,48 @@ class CoSpaDi:
 
     def __init__(self, options: CoSpaDiOptions | None = None) -> None:
         self.options = options or CoSpaDiOptions()
-        self.needs = frozenset({"gram", "output_gram"} if self.options.output_weights else {"gram"})
+        weighted = self.options.output_weights != "none"
+        self.needs = frozenset({"gram", "output_gram"} if weighted else {"gram"})
 
     def units(self, sites: Sequence[Site]) -> list[list[Site]]:
         if self.options.share == "layers":
             return BasisSharing(BasisSharingOptions(layers=self.options.layers)).units(sites)
         return SVDLLM(SVDLLMOptions(share=self.options.share)).units(sites)
 
-    def profile(self, problem: Problem, raw: bool = False) -> Profile:
-        """The low-rank spectrum in the same space, whitened on both sides where outputs are weighted: a surrogate.
+    def costs(self, sites: Sequence[Site]) -> Tensor:
+        """Those of the pivot form, but never below the least share of the dense values that a dictionary gets."""
+        costs = _rank_costs(sites)
+        return costs if self.options.structure == "low_rank" else costs.clamp_min(LEAST_SHARE * _dense_values(sites))
 
-        Costs are those of the pivot form, but never below the least share of the dense values that a dictionary gets.
+    def profile(self, problem: Problem) -> Profile:
+        """The low-rank spectrum, whitened on both sides where outputs are weighted: a surrogate for a dictionary's.
+
+        With full weights, losses are measured instead: by short fits at a few sizes, and for `auto` the spectrum's
+        where those are lower.
         """
-        sites = problem.sites
+        sites, options = problem.sites, self.options
         with naming(problem.name):
-            weight, statistics = stacked_weight(problem), joint_statistics(problem)
-            if raw:
-                space = Whitened(weight)
-            elif self.options.output_weights:
-                space = KFACSVD().space(weight, statistics, problem.name)
-            else:
-                space = SVDLLM().space(weight, statistics, problem.name)
-            spectrum = space.spectrum().cpu()
-        costs, dense = _rank_costs(sites), _dense_values(sites)
-        if self.options.structure != "low_rank":
-            costs = costs.clamp_min(LEAST_SHARE * dense)
-        return Profile(sites, spectrum, costs, dense)
+            method = SVDLLM() if options.output_weights == "none" else KFACSVD()
+            spectrum = method.space(stacked_weight(problem), joint_statistics(problem), problem.name).spectrum().cpu()
+            losses = None
+            if options.output_weights == "full" and options.structure != "low_rank":
+                losses = self._losses(problem, spectrum)
+        return Profile(sites, spectrum, self.costs(sites), _dense_values(sites), losses)
+
+    def _losses(self, problem: Problem, spectrum: Tensor) -> Tensor:
+        """The loss at every cost of the profile, in the unit of the squared spectrum."""
+        tail = torch.cat((spectrum.square().flip(0).cumsum(0).flip(0), spectrum.new_zeros(1)))
+        space, dense = self._space(problem), _dense_values(problem.sites)
+        probed = []
+        for share in PROBES:
+            generator = torch.Generator(device=space.matrix.device).manual_seed(SEED)
+            sizes = self._sizes(problem.sites, Budget(share * dense))
+            factors, _ = self._factors(problem, space, sizes, PROBE_ITERATIONS, generator, rounds=1)
+            probed.append(math.log(max(factors.history[-1] ** 2, 1e-12)))
+        slope = (probed[1] - probed[0]) / (PROBES[1] - PROBES[0])
+        costs = self.costs(problem.sites)
+        losses = tail[0] * torch.exp(probed[0] + slope * (costs / dense - PROBES[0])).clamp_max(1.0)
+        return torch.minimum(losses, tail) if self.options.structure == "auto" else losses
 
     def plan(self, sites: Sequence[Site], budget: Budget) -> dict[str, Any]:
         dense = _dense_values(sites)
@@ -282,15 +313,16 @@ class CoSpaDi:
             found: dict[str, list[StructuredLinear]] = {}
             if self.options.structure != "low_rank":
                 sizes = self._sizes(problem.sites, budget)
-                found["dictionary"], unused = self._dictionary_layers(problem, space, sizes, generator)
-                if unused:
-                    notes.append(f"{name}: {unused} of {sizes.atoms} atoms are used by no column")
+                found["dictionary"], told_of = self._dictionary_layers(problem, space, sizes, generator)
+                notes += [f"{name}: {note}" for note in told_of]
             if self.options.structure != "cospadi":
                 rank = rank_within(_rank_costs(problem.sites), budget.values)
-                found["low rank"] = list(build_layers(problem, pivot(space.factors(rank))))
+                factors = self._low_rank_space(problem, space).factors(rank)
+                found["low rank"] = list(build_layers(problem, pivot(factors)))
             kept = next(iter(found))
             if len(found) > 1:
-                errors = {form: _output_error(problem, layers, space) for form, layers in found.items()}
+                weights = self._output_grams(problem)
+                errors = {form: _output_error(problem, layers, weights) for form, layers in found.items()}
                 kept = min(errors, key=lambda form: errors[form])
                 told = ", ".join(f"{form} {error:.4f}" for form, error in errors.items())
                 notes.append(f"{name}: {kept} kept; calibration errors at equal size: {told}")
@@ -304,23 +336,69 @@ class CoSpaDi:
 
     def _space(self, problem: Problem) -> Whitened:
         """L W diag(q), q = 1 where outputs are not weighted."""
-        statistics = joint_statistics(problem)
-        space = SVDLLM().space(stacked_weight(problem), statistics, problem.name)
-        if not self.options.output_weights:
+        space = SVDLLM().space(stacked_weight(problem), joint_statistics(problem), problem.name)
+        grams = self._output_grams(problem)
+        if grams is None:
             return space
-        scale = _output_scale(statistics, problem)
+        scale = torch.cat([gram if gram.ndim == 1 else gram.diagonal() for gram in grams]).sqrt()
         return Whitened(space.matrix * scale, space.undo, output_scale=scale, repair=space.repair)
+
+    def _low_rank_space(self, problem: Problem, space: Whitened) -> Whitened:
+        """That of the best low-rank factors under the same weights."""
+        if self.options.output_weights != "full":
+            return space
+        return KFACSVD().space(stacked_weight(problem), joint_statistics(problem), problem.name)
+
+    def _output_grams(self, problem: Problem) -> list[Tensor] | None:
+        """What outputs count, site by site: the damped output-gradient Gram a token, or its diagonal (d_out,)."""
+        weights = self.options.output_weights
+        if weights == "none":
+            return None
+        grams = []
+        for site, statistics in zip(problem.sites, problem.statistics, strict=True):
+            gram = statistics.require("output_gram", site.name).double() / max(statistics.backward_tokens, 1)
+            if len(gram) != site.d_out:
+                raise InputError(f"{site.name}: the output-gradient Gram must have {site.d_out} rows; got {len(gram)}")
+            if not gram.any():
+                raise InputError(
+                    f"{site.name}: the output-gradient Gram is zero: the loss does not depend on this site"
+                )
+            gram.diagonal().add_(DAMPING[1] * gram.diagonal().mean())
+            grams.append(gram if weights == "full" else gram.diagonal())
+        return grams
+
+    def _factors(
+        self,
+        problem: Problem,
+        space: Whitened,
+        sizes: Sizes,
+        iterations: int | None,
+        generator: torch.Generator,
+        rounds: int = ROUNDS,
+    ) -> tuple[DictionaryFactors, float]:
+        """The space's matrix over the returned scale, factorised; under full weights refined by so many rounds."""
+        matrix, options = space.matrix, self.options
+        scale = float(matrix.norm()) / math.sqrt(matrix.shape[1]) or 1.0
+        y = (matrix / scale).float()
+        factors = learn_dictionary(
+            y, sizes.atoms, sizes.nonzeros, options.solver, iterations, options.tolerance, generator
+        )
+        if options.output_weights == "full" and space.output_scale is not None:
+            own = space.output_scale.split([site.d_out for site in problem.sites])
+            grams = self._output_grams(problem) or []
+            blocks = [gram / (q[:, None] * q) for gram, q in zip(grams, own, strict=True)]
+            factors = refine(y, factors, blocks, rounds)
+        return factors, scale
 
     def _dictionary_layers(
         self, problem: Problem, space: Whitened, sizes: Sizes, generator: torch.Generator
-    ) -> tuple[list[StructuredLinear], int]:
-        """One layer a site, the first owning the dictionary, and the number of unused atoms."""
-        options, matrix = self.options, space.matrix
-        scale = float(matrix.norm()) / math.sqrt(matrix.shape[1]) or 1.0
-        factors = learn_dictionary(
-            (matrix / scale).float(), sizes.atoms, sizes.nonzeros, options.solver, options.iterations,
-            options.tolerance, generator,
-        )  # fmt: skip
+    ) -> tuple[list[StructuredLinear], list[str]]:
+        """One layer a site, the first owning the dictionary, and findings."""
+        factors, scale = self._factors(problem, space, sizes, self.options.iterations, generator)
+        unused = factors.unused_atoms
+        notes = [f"{unused} of {sizes.atoms} atoms are used by no column"] if unused else []
+        factors, told = self._by_backends((space.matrix / scale).float(), factors, generator)
+        notes += told
         atoms = scale * factors.dictionary.double()
         atoms = space.undo(atoms) if space.undo else atoms
         length = atoms.norm(dim=0)
@@ -338,10 +416,27 @@ class CoSpaDi:
             layers.append(
                 SparseDictionaryLinear.from_factors(
                     dictionary, indices, own, bias,
-                    value_bits=options.value_bits, shared=shared, dtype=problem.weights[0].dtype,
+                    value_bits=self.options.value_bits, shared=shared, dtype=problem.weights[0].dtype,
                 )
             )  # fmt: skip
-        return layers, factors.unused_atoms
+        return layers, notes
+
+    def _by_backends(
+        self, y: Tensor, factors: DictionaryFactors, generator: torch.Generator
+    ) -> tuple[DictionaryFactors, list[str]]:
+        """The factors after the options' coder and refit, and what these tell."""
+        dictionary, indices, values = factors.dictionary, factors.indices, factors.values
+        notes: list[str] = []
+        if self.options.coder is not None:
+            coder = self.options.coder.build("sparse coder")
+            codes, notes = code_again(y, dictionary, indices, values, coder, generator)
+            dictionary, indices, values = codes.dictionary.to(y), codes.indices, codes.values.to(y)
+        if self.options.refit is not None:
+            solver = self.options.refit.build("solver")
+            dictionary, values, told = solve_again(y, dictionary, indices, values, solver, generator)
+            notes = notes + told
+        changed = dataclasses.replace(factors, dictionary=dictionary, indices=indices, values=values)
+        return changed, notes
 
 
 def _dense_values(sites: Sequence[Site]) -> int:
@@ -352,31 +447,22 @@ def _rank_costs(sites: Sequence[Site]) -> Tensor:
     return rank_costs(sites[0].d_in, [site.d_out for site in sites], pivoted=True)
 
 
-def _output_scale(statistics: JointStatistics, problem: Problem) -> Tensor:
-    """(sum d_out,) float64: sqrt(h + 1e-2 mean(h)), h the diagonal of each site's output-gradient Gram, per token."""
-    scales = []
-    for site, part in zip(problem.sites, statistics.parts, strict=True):
-        h = part.require("output_gram", site.name).diagonal().double() / max(part.backward_tokens, 1)
-        if len(h) != site.d_out:
-            raise InputError(f"{site.name}: the output-gradient Gram must have {site.d_out} rows; got {len(h)}")
-        if not h.any():
-            raise InputError(f"{site.name}: the output-gradient Gram is zero: the loss does not depend on this site")
-        scales.append((h + DAMPING[1] * h.mean()).sqrt())
-    return torch.cat(scales)
-
-
-def _output_error(problem: Problem, layers: Sequence[StructuredLinear], space: Whitened | None = None) -> float:
+def _output_error(
+    problem: Problem, layers: Sequence[StructuredLinear], output_grams: Sequence[Tensor] | None = None
+) -> float:
     """Relative error of the outputs on the calibration data, of the layers as stored, each site under its own Gram.
 
-    With a space, outputs count as that weights them.
+    With output Grams, (d_out, d_out) or their diagonals (d_out,), outputs count as those weight them.
     """
-    scale = space.output_scale if space is not None else None
-    scales = scale.split([site.d_out for site in problem.sites]) if scale is not None else [1.0] * len(layers)
     missed = total = 0.0
-    for weight, statistics, layer, own in zip(problem.weights, problem.statistics, layers, scales, strict=True):
+    for index, (weight, statistics, layer) in enumerate(zip(problem.weights, problem.statistics, layers, strict=True)):
         exact = weight.detach().double()
         gram = statistics.require("gram", problem.name).to(exact)
-        rows = torch.stack((exact - layer.to_dense().detach().double(), exact))
-        squares = ((rows @ gram) * rows).sum(2) * torch.as_tensor(own).to(exact).square()
-        missed, total = missed + float(squares[0].sum()), total + float(squares[1].sum())
+        for sign, rows in ((0, exact - layer.to_dense().detach().double()), (1, exact)):
+            seen = rows @ gram
+            if output_grams is not None:
+                own = output_grams[index].to(exact)
+                seen = own[:, None] * seen if own.ndim == 1 else own @ seen
+            square = float((seen * rows).sum())
+            missed, total = (missed, total + square) if sign else (missed + square, total)
     return math.sqrt(max(missed, 0.0) / total) if total > 0 else 0.0

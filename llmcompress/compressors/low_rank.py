@@ -274,7 +274,7 @@ class LowRankCompressor(ABC):
         """The unit's rank; None where the budget holds the dense weights, which then stay as they are."""
         if budget.values >= sum(site.dense_values for site in sites):
             return None
-        return rank_within(self._costs(sites), budget.values)
+        return rank_within(self.costs(sites), budget.values)
 
     def units(self, sites: Sequence[Site]) -> list[list[Site]]:
         if getattr(self.options, "share", "none") != "input":
@@ -284,20 +284,22 @@ class LowRankCompressor(ABC):
             groups.setdefault(site.input, []).append(site)
         return list(groups.values())
 
-    def profile(self, problem: Problem, raw: bool = False) -> Profile:
+    def costs(self, sites: Sequence[Site]) -> Tensor:
+        return rank_costs(sites[0].d_in, [site.d_out for site in sites], self.options.pivot)
+
+    def profile(self, problem: Problem) -> Profile:
         with naming(problem.name):
-            weight = stacked_weight(problem)
-            space = Whitened(weight) if raw else self.space(weight, joint_statistics(problem), problem.name)
+            space = self.space(stacked_weight(problem), joint_statistics(problem), problem.name)
             spectrum = space.spectrum().cpu()
         sites = problem.sites
-        return Profile(sites, spectrum, self._costs(sites), sum(site.dense_values for site in sites))
+        return Profile(sites, spectrum, self.costs(sites), sum(site.dense_values for site in sites))
 
     def plan(self, sites: Sequence[Site], budget: Budget) -> dict[str, Any]:
         with naming(sites[0].name):
             rank = self.rank(sites, budget)
         if rank is None:
             return {"rank": None, "values": float(sum(site.dense_values for site in sites))}
-        return {"rank": rank, "values": float(self._costs(sites)[rank])}
+        return {"rank": rank, "values": float(self.costs(sites)[rank])}
 
     def compress(self, problem: Problem, budget: Budget, generator: torch.Generator) -> Compressed:
         with naming(problem.name):
@@ -314,9 +316,6 @@ class LowRankCompressor(ABC):
         known = space.measures_output and one_input and refined is factors
         notes = [f"{problem.name}: {factors.repair}"] if factors.repair else []
         return Compressed(list(layers), notes, _relative_tail(factors.singular_values, rank) if known else None)
-
-    def _costs(self, sites: Sequence[Site]) -> Tensor:
-        return rank_costs(sites[0].d_in, [site.d_out for site in sites], self.options.pivot)
 
 
 def stacked_weight(problem: Problem) -> Tensor:

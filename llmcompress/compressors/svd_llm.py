@@ -6,9 +6,11 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from llmcompress.backends.choice import Backend
+from llmcompress.backends.ports import Solution, Solver
 from llmcompress.compressors.low_rank import LowRankCompressor, LowRankFactors, LowRankOptions, Whitened
 from llmcompress.compressors.whitening import check_semidefinite, checked_gram, checked_weight, damped_cholesky
 from llmcompress.errors import InputError
@@ -26,6 +28,15 @@ class SVDLLMOptions(LowRankOptions):
         default=False,
         description="refit the output factor to the dense model's outputs on the compressed prefix's inputs",
     )
+    solver: Backend | None = Field(default=None, description="backend that solves the refit; exact if absent")
+
+    BACKENDS: ClassVar[dict[str, str]] = {"solver": "solver"}
+
+    @model_validator(mode="after")
+    def _solver_has_a_refit(self) -> SVDLLMOptions:
+        if self.solver is not None and not self.refit:
+            raise ValueError("solver: solves the refit, so it needs refit: true")
+        return self
 
 
 def svd_llm_factorize(weight: Tensor, gram: Tensor, rank: int, whitening: Whitening = "cholesky") -> LowRankFactors:
@@ -83,6 +94,19 @@ def refit_output_factor(A: Tensor, gram_shifted: Tensor, cross_times_weight: Ten
     return scale[:, None] * (vectors @ (inverse * (vectors.T @ (scale[:, None] * (A.T @ target)))))
 
 
+def refit_by(
+    solver: Solver, A: Tensor, gram_shifted: Tensor, cross_times_weight: Tensor, generator: torch.Generator
+) -> Solution:
+    """The same B (r, d_out) from a solver: min ||R A B - R⁻ᵀ X'ᵀ X W||_F with RᵀR = gram_shifted, float64.
+
+    The solver's notes, and the shift of a singular Gram.
+    """
+    upper, repair = damped_cholesky(checked_gram(gram_shifted, A.T.double()))
+    target = torch.linalg.solve_triangular(upper.T, cross_times_weight.double(), upper=False)
+    solution = solver.solve(upper @ A.double(), target, generator)
+    return Solution(solution.x, [*([repair] if repair else []), *solution.notes])
+
+
 class SVDLLM(LowRankCompressor):
     Options: ClassVar[type[SVDLLMOptions]] = SVDLLMOptions
     options: SVDLLMOptions
@@ -103,4 +127,9 @@ class SVDLLM(LowRankCompressor):
             return factors
         cross = statistics.require("cross", name).to(weight)
         gram = statistics.require("gram", name).to(weight)
-        return dataclasses.replace(factors, B=refit_output_factor(factors.A, gram, cross @ weight.T))
+        if self.options.solver is None:
+            return dataclasses.replace(factors, B=refit_output_factor(factors.A, gram, cross @ weight.T))
+        generator = torch.Generator(device=weight.device).manual_seed(0)
+        found = refit_by(self.options.solver.build("solver"), factors.A, gram, cross @ weight.T, generator)
+        repair = "; ".join([*([factors.repair] if factors.repair else []), *found.notes])
+        return dataclasses.replace(factors, B=found.x, repair=repair or None)

@@ -63,7 +63,7 @@ def move_to_values(
 class DRank:
     Options = DRankOptions
     needs_profiles = True
-    raw_spectra = False
+    spectra = "own"
 
     def __init__(self, options: DRankOptions | None = None) -> None:
         self.options = options or DRankOptions()

@@ -177,11 +177,11 @@ def _search(tables: _Tables, incumbent: Choice, multiplier: float, budget: float
 
 
 class LossAware:
-    """Spectra whose squares add up over the units are needed: those of `kfac_svd` are losses, others output errors."""
+    """For any method: output errors of different units do not add up to a loss, so the curves are always losses."""
 
     Options = LossAwareOptions
     needs_profiles = True
-    raw_spectra = False
+    spectra = "loss"
 
     def __init__(self, options: LossAwareOptions | None = None) -> None:
         self.options = options or LossAwareOptions()
@@ -204,8 +204,10 @@ class LossAware:
 
 def choices(profile: Profile) -> tuple[Tensor, Tensor]:
     """(errors, costs) of every rank that stores less than the dense weight, and last of the dense weight: error 0."""
-    tail = profile.spectrum.double().square().flip(0).cumsum(0).flip(0)
-    none = tail.new_zeros(1)
+    none = torch.zeros(1, dtype=torch.float64)
+    losses = profile.losses
+    if losses is None:
+        losses = torch.cat((profile.spectrum.double().square().flip(0).cumsum(0).flip(0), none))
     smaller = profile.costs < profile.dense
     costs = torch.cat((profile.costs[smaller].double(), none + profile.dense))
-    return torch.cat((torch.cat((tail, none))[smaller], none)), costs
+    return torch.cat((losses.double()[smaller], none)), costs

@@ -46,7 +46,7 @@ class SVDLLMV2:
 
     Options = SVDLLMV2Options
     needs_profiles = True
-    raw_spectra = False
+    spectra = "own"
 
     def __init__(self, options: SVDLLMV2Options | None = None) -> None:
         self.options = options or SVDLLMV2Options()

@@ -17,7 +17,7 @@ class UniformOptions(BaseModel, extra="forbid"):
 class Uniform:
     Options = UniformOptions
     needs_profiles = False
-    raw_spectra = False
+    spectra = "own"
 
     def __init__(self, options: UniformOptions | None = None) -> None:
         self.options = options or UniformOptions()

@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from llmcompress.compressors.allocation.spectra import Spectra
 from llmcompress.compressors.allocation.spread import checked, checked_ratio
 from llmcompress.compressors.low_rank import rank_costs
 from llmcompress.errors import InputError
@@ -206,9 +207,8 @@ class WeLore:
         self.options = options or WeLoreOptions()
 
     @property
-    def raw_spectra(self) -> bool:
-        """Whether the profiles' spectra are to be those of the weights, which takes no calibration."""
-        return self.options.spectrum == "weight"
+    def spectra(self) -> Spectra:
+        return "weight" if self.options.spectrum == "weight" else "own"
 
     def allocate(
         self, units: Sequence[Sequence[Site]], profiles: Sequence[Profile] | None, ratio: float
