@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from llmcompress_kernels.low_rank import low_rank_forward
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
@@ -15,7 +16,7 @@ class LowRankLinear(StructuredLinear):
     """y = x A B + bias with A (d_in, r) and B (r, d_out), or the pivot form of the same product.
 
     Pivot form: p of the coordinates of z = x A are outputs themselves, so that B keeps only the other d_out - p
-    columns: y = cat(z[offset : offset + p], z B)[index] + bias. `pivots` (ceil(d_out / 8),) uint8 is a bit mask,
+    columns: y[index] = cat(z[offset : offset + p], z B), plus bias. `pivots` (ceil(d_out / 8),) uint8 is a bit mask,
     lowest bit first, of the outputs that are pivots; in ascending order they are z[offset : offset + p]. A layer on its
     own has p = r and offset 0; layers that share one A own a slice of z each. p = 0 is the plain form, without a mask.
 
@@ -126,22 +127,19 @@ class LowRankLinear(StructuredLinear):
         mask = unpack_mask(self.pivots, self.d_out)
         if int(mask.sum()) != self.pivot_count:
             raise InputError(f"corrupt pivot mask: {int(mask.sum())} outputs marked, {self.pivot_count} expected")
-        place = self.pivot_count + (~mask).cumsum(0) - 1
-        self.index = torch.where(mask, mask.cumsum(0) - 1, place)
+        self.index = torch.cat((mask.nonzero(), (~mask).nonzero())).squeeze(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = x @ self.A
-        y = z @ self.B
-        if self.pivot_count:
-            own = z[..., self.offset : self.offset + self.pivot_count]
-            y = torch.cat((own, y), dim=-1).index_select(-1, self.index)
-        return y if self.bias is None else y + self.bias
+        if x.shape[-1] != self.d_in:
+            raise InputError(f"the last dimension of x must be d_in = {self.d_in}; got shape {tuple(x.shape)}")
+        return low_rank_forward(x, self.A, self.B, self.bias, self.index if self.pivot_count else None, self.offset)
 
     def to_dense(self) -> Tensor:
         columns = self.A @ self.B
         if self.pivot_count:
             own = self.A[:, self.offset : self.offset + self.pivot_count]
-            columns = torch.cat((own, columns), dim=1).index_select(1, self.index)
+            columns = torch.cat((own, columns), dim=1)
+            columns = torch.empty_like(columns).index_copy(1, self.index, columns)
         return columns.T
 
     @property

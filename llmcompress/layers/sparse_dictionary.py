@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from llmcompress_kernels.sparse_dictionary import sparse_dictionary_forward
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
@@ -23,8 +24,9 @@ class SparseDictionaryLinear(StructuredLinear):
     Stored form: `dictionary` (d_in, k) bfloat16, whatever the dtype of the model; `mask` (d_out, ceil(k / 8)) uint8,
     one bit an atom, lowest bit first; `values` (d_out, ceil(s * value_bits / 8)) uint8, a bit stream for each output,
     lowest bit first, of its non-zeros by ascending atom, each the leading `value_bits` bits of a float32. These bytes
-    are what a checkpoint holds, and conversions such as `half()` leave them alone. `dense` (d_out, d_in), in the
-    model's dtype, is derived from them by `after_load` and not saved.
+    are what a checkpoint holds, and conversions such as `half()` leave them alone. What multiplies is derived from them
+    by `after_load` and not saved: for few rows the values in 16 bits, `codes` (d_out, s) bfloat16; for many the weight
+    `dense` (d_out, d_in) in the model's dtype.
 
     Trainable form, made by `unpack` and ended by `pack`: `dictionary` and `values` (d_out, s) are Parameters of full
     width, the mask is fixed, and a checkpoint holds them as they are. Layers that share a dictionary change together.
@@ -34,6 +36,7 @@ class SparseDictionaryLinear(StructuredLinear):
     mask: Tensor
     values: Tensor
     dense: Tensor
+    codes: Tensor
     index: Tensor
 
     def __init__(
@@ -67,8 +70,7 @@ class SparseDictionaryLinear(StructuredLinear):
         if packed:
             size = math.ceil(nonzeros * value_bits / 8)
             self.register_buffer("values", torch.zeros(d_out, size, dtype=torch.uint8, device=device))
-            dense = torch.zeros(d_out, d_in, dtype=dtype, device=device)
-            self.register_buffer("dense", dense, persistent=False)
+            self._register_derived(dtype, device)
         else:
             self.values = nn.Parameter(torch.empty(d_out, nonzeros, dtype=dtype, device=device))
             index = torch.zeros(d_out, nonzeros, dtype=torch.int64, device=device)
@@ -138,8 +140,13 @@ class SparseDictionaryLinear(StructuredLinear):
 
     # --- what is derived from the stored tensors ---------------------------------------------------------------------
 
+    def _register_derived(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        for name, columns, width in (("dense", self.d_in, dtype), ("codes", self.nonzeros, torch.bfloat16)):
+            empty = torch.zeros(self.d_out, columns, dtype=width, device=device)
+            self.register_buffer(name, empty, persistent=False)
+
     def after_load(self) -> None:
-        """Builds `dense`, or in the trainable form `index`. InputError if the mask does not mark s atoms an output."""
+        """Builds what multiplies, or in the trainable form `index`. InputError if an output has not s atoms marked."""
         if self.mask.is_meta or self.dictionary.is_meta:
             return
         index = self._indices()
@@ -151,6 +158,7 @@ class SparseDictionaryLinear(StructuredLinear):
             values = widen(unpack_codes(self.values, self.value_bits, self.nonzeros), self.value_bits).to(exact)
             codes = values.new_zeros(self.d_out, self.atoms).scatter_(1, index, values)
             self.dense = (codes @ self.dictionary.to(exact).T).to(self.dense.dtype)
+            self.codes = values.bfloat16()  # exact: a value has at most 16 bits
 
     def _indices(self) -> Tensor:
         """(d_out, s) int64, ascending: the atoms that the mask marks."""
@@ -163,10 +171,11 @@ class SparseDictionaryLinear(StructuredLinear):
         """Moves the stored bytes without changing their width, and derives `dense` afresh in a new dtype."""
         if not self.packed:
             return super()._apply(fn, recurse)
-        dtype, dictionary = self.dense.dtype, self.dictionary
+        dtype, dictionary, codes = self.dense.dtype, self.dictionary, self.codes
 
         def keep_width(tensor: Tensor) -> Tensor:
-            return fn(tensor.view(torch.int16)).view(torch.bfloat16) if tensor is dictionary else fn(tensor)
+            stored = tensor is dictionary or tensor is codes
+            return fn(tensor.view(torch.int16)).view(torch.bfloat16) if stored else fn(tensor)
 
         super()._apply(keep_width, recurse)
         if self.dense.dtype != dtype:
@@ -176,18 +185,11 @@ class SparseDictionaryLinear(StructuredLinear):
     # --- the product -------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x)
-        return y if self.bias is None else y + self.bias
-
-    def product(self, x: Tensor) -> Tensor:
-        """x D S for x (..., d_in): where a kernel that reads the stored form takes over.
-
-        The dense form is the fastest that torch has: on a CPU it beats x D with dense, CSR and gathered codes, at one
-        row and at hundreds.
-        """
-        if self.packed:
-            return F.linear(x, self.dense)
-        return F.linear(x @ self.dictionary, self._codes())
+        if not self.packed:
+            return F.linear(x @ self.dictionary, self._codes(), self.bias)
+        if x.shape[-1] != self.d_in:
+            raise InputError(f"the last dimension of x must be d_in = {self.d_in}; got shape {tuple(x.shape)}")
+        return sparse_dictionary_forward(x, self.dictionary, self.mask, self.codes, self.bias, self.dense)
 
     def _codes(self) -> Tensor:
         """(d_out, k), differentiable in the values."""
@@ -205,7 +207,7 @@ class SparseDictionaryLinear(StructuredLinear):
         dtype = dtype or self.dense.dtype
         values = widen(unpack_codes(self.values, self.value_bits, self.nonzeros), self.value_bits).to(dtype)
         index = self._indices()
-        del self.values, self.dense
+        del self.values, self.dense, self.codes
         self.packed = False
         self.values = nn.Parameter(values)
         self.register_buffer("index", index, persistent=False)
@@ -217,11 +219,10 @@ class SparseDictionaryLinear(StructuredLinear):
             return
         dtype = self.values.dtype
         packed = pack_codes(narrow(self.values.detach(), self.value_bits), self.value_bits)
-        dense = torch.empty(self.d_out, self.d_in, dtype=dtype, device=packed.device)
         del self.values, self.index
         self.packed = True
         self.register_buffer("values", packed)
-        self.register_buffer("dense", dense, persistent=False)
+        self._register_derived(dtype, packed.device)
         self._set_dictionary(torch.bfloat16, trainable=False)
         self.after_load()
 

@@ -1,0 +1,377 @@
+"""CPU kernels for few rows, compiled by numba when first used: what bounds them is the bytes of the stored factors.
+
+`product`: out = x W for W (d_in, n) float32 or bfloat16, with the outputs put in their places (the pivot form of low
+rank). Bytes read: those of W. `expand`: out[o] = sum over the atoms that output o's mask marks of value times z[atom].
+Bytes read: k / 8 of the mask and 2 s of the values an output. A byte of the mask picks, from a table, the shuffle that
+spreads the next values over 8 lanes, so that half of the lanes are zeros but every load is a vector.
+
+Accumulation is in float32, in an order that depends on neither threads nor chunks. The vector code is written as LLVM
+IR: numba's own loops do not vectorise the conversion from bfloat16.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 8
+UNROLL = 8  # rows of W in one pass over the accumulators
+AHEAD = 8  # rows between what is multiplied and what is fetched: the hardware does not follow short rows
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+FLOATS, HALVES, WORDS = ir.VectorType(F32, LANES), ir.VectorType(I16, LANES), ir.VectorType(I32, LANES)
+BYTES16, BYTES32 = ir.VectorType(I8, 16), ir.VectorType(I8, 32)
+#: whether this processor shuffles bytes in vectors of 32
+HAS_AVX2 = bool(llvmlite.binding.get_host_cpu_features().get("avx2"))
+
+
+def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
+
+
+def _store(builder: Any, value: Any, address: Any) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
+
+
+def _at(builder: Any, base: Any, index: Any, size: int) -> Any:
+    """base + size * index, in bytes."""
+    return builder.add(base, builder.mul(index, ir.Constant(I64, size)))
+
+
+def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fmuladd.v8f32"), [a, b, c])
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), I32, I32, I32])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, keep, data = (ir.Constant(I32, value) for value in (0, 3, 1))
+    builder.call(prefetch, [builder.inttoptr(address, ir.PointerType()), read, keep, data])
+
+
+def _splat(builder: Any, scalar: Any) -> Any:
+    one = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, one, ir.Constant(WORDS, [0] * LANES))
+
+
+def _pointer(kind: Any, numba_type: Any) -> Any:
+    @intrinsic
+    def pointer(context: Any, address: Any) -> Any:
+        def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], kind.as_pointer())
+
+        return types.CPointer(numba_type)(types.int64), code
+
+    return pointer
+
+
+float32_at = _pointer(F32, types.float32)
+int64_at = _pointer(I64, types.int64)
+uint8_at = _pointer(I8, types.uint8)
+uint16_at = _pointer(I16, types.uint16)
+
+
+@intrinsic
+def arguments_of(context: Any, data: Any) -> Any:
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], I64.as_pointer())
+
+    return types.CPointer(types.int64)(types.voidptr), code
+
+
+@intrinsic
+def take_chunk(context: Any, data: Any) -> Any:
+    """The number of the next chunk: 0, 1, ..., each given to one thread."""
+
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        counter = builder.bitcast(arguments[0], I64.as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(I64, 1), "monotonic")
+
+    return types.int64(types.voidptr), code
+
+
+@intrinsic
+def widen_bfloat16(context: Any, half: Any) -> Any:
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], I32), ir.Constant(I32, 16)), F32)
+
+    return types.float32(types.uint16), code
+
+
+def _add_rows(rows: int, bfloat16: bool) -> Any:
+    """The intrinsic out[r, :vectors * 8] += sum over u < UNROLL of x[r, u] W[u, :] for `rows` rows."""
+    size = 2 if bfloat16 else 4
+    steps = 64 // (size * LANES)  # in which a cache line of each row is prefetched once
+
+    @intrinsic
+    def add_rows(
+        context: Any, x: Any, x_stride: Any, weight: Any, weight_stride: Any, out: Any, out_stride: Any, vectors: Any
+    ) -> Any:
+        def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, x_stride, weight, weight_stride, out, out_stride, vectors = arguments
+            starts = [_at(builder, x, x_stride, 4 * r) for r in range(rows)]
+            places = [[_at(builder, start, ir.Constant(I64, u), 4) for u in range(UNROLL)] for start in starts]
+            scales = [[_splat(builder, _load(builder, place, F32, 4)) for place in row] for row in places]
+            with cgutils.for_range(builder, vectors, intp=I64) as loop:
+                outs = [_at(builder, _at(builder, out, out_stride, 4 * r), loop.index, 4 * LANES) for r in range(rows)]
+                sums = [_load(builder, place, FLOATS, 4) for place in outs]
+                ahead = builder.and_(loop.index, ir.Constant(I64, steps - 1))
+                for u in range(0, UNROLL, steps):
+                    row = builder.add(ahead, ir.Constant(I64, AHEAD + u))
+                    place = builder.add(weight, builder.mul(builder.mul(weight_stride, ir.Constant(I64, size)), row))
+                    _prefetch(builder, _at(builder, place, loop.index, size * LANES))
+                for u in range(UNROLL):
+                    row = _at(builder, weight, weight_stride, size * u)
+                    place = _at(builder, row, loop.index, size * LANES)
+                    if bfloat16:
+                        wide = builder.zext(_load(builder, place, HALVES, 2), WORDS)
+                        values = builder.bitcast(builder.shl(wide, ir.Constant(WORDS, [16] * LANES)), FLOATS)
+                    else:
+                        values = _load(builder, place, FLOATS, 4)
+                    sums = [_multiply_add(builder, scales[r][u], values, sums[r]) for r in range(rows)]
+                for place, total in zip(outs, sums, strict=True):
+                    _store(builder, total, place)
+            return cgutils.get_null_value(target.get_value_type(types.int64))
+
+        return types.int64(*[types.int64] * 7), code
+
+    return add_rows
+
+
+def _expand_output(rows: int, unroll: int) -> Any:
+    """The intrinsic out[r * out_stride] = the product of one output's codes with z[r], for `rows` rows (AVX2)."""
+
+    @intrinsic
+    def expand_output(
+        context: Any,
+        mask: Any,
+        mask_bytes: Any,
+        values: Any,
+        z: Any,
+        z_stride: Any,
+        table: Any,
+        out: Any,
+        out_stride: Any,
+    ) -> Any:
+        def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            mask, mask_bytes, values, z, z_stride, table, out, out_stride = arguments
+            shuffle = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(BYTES32, [BYTES32] * 2), "llvm.x86.avx2.pshuf.b"
+            )
+            count = builder.module.declare_intrinsic("llvm.ctpop", [I64])
+            zero = ir.Constant(FLOATS, [0.0] * LANES)
+            sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(unroll)] for _ in range(rows)]
+            position = cgutils.alloca_once_value(builder, values)
+
+            def add_byte(index: Any, u: int) -> None:
+                byte = builder.zext(_load(builder, builder.add(mask, index), I8, 1), I64)
+                place = builder.load(position)
+                next_values = _load(builder, place, BYTES16, 2)
+                twice = builder.shuffle_vector(
+                    next_values, next_values, ir.Constant(ir.VectorType(I32, 32), [*range(16)] * 2)
+                )
+                pattern = _load(builder, _at(builder, table, byte, 32), BYTES32, 1)
+                spread = builder.bitcast(builder.call(shuffle, [twice, pattern]), FLOATS)
+                builder.store(_at(builder, place, builder.call(count, [byte]), 2), position)
+                for r in range(rows):
+                    place = _at(builder, _at(builder, z, z_stride, 4 * r), index, 4 * LANES)
+                    total = _multiply_add(builder, spread, _load(builder, place, FLOATS, 4), builder.load(sums[r][u]))
+                    builder.store(total, sums[r][u])
+
+            groups = builder.udiv(mask_bytes, ir.Constant(I64, unroll))
+            with cgutils.for_range(builder, groups, intp=I64) as loop:
+                for u in range(unroll):
+                    add_byte(_at(builder, ir.Constant(I64, u), loop.index, unroll), u)
+            done = builder.mul(groups, ir.Constant(I64, unroll))
+            with cgutils.for_range(builder, builder.sub(mask_bytes, done), intp=I64) as loop:
+                add_byte(builder.add(done, loop.index), 0)
+            for r in range(rows):
+                total = builder.load(sums[r][0])
+                for u in range(1, unroll):
+                    total = builder.fadd(total, builder.load(sums[r][u]))
+                result = builder.extract_element(total, ir.Constant(I32, 0))
+                for lane in range(1, LANES):
+                    result = builder.fadd(result, builder.extract_element(total, ir.Constant(I32, lane)))
+                _store(builder, result, _at(builder, out, out_stride, 4 * r))
+            return cgutils.get_null_value(target.get_value_type(types.int64))
+
+        return types.int64(*[types.int64] * 8), code
+
+    return expand_output
+
+
+add_1_float32, add_4_float32 = _add_rows(1, False), _add_rows(4, False)
+add_1_bfloat16, add_4_bfloat16 = _add_rows(1, True), _add_rows(4, True)
+expand_1, expand_4 = _expand_output(1, 4), _expand_output(4, 2)
+
+
+def shuffle_table() -> np.ndarray[Any, Any]:
+    """(256, 32) uint8: for each byte of a mask, where its 8 lanes of 4 bytes find theirs among 8 bfloat16 values.
+
+    The upper half of a lane is the value, the rest of it and the lanes of unmarked atoms are zero (0x80).
+    """
+    table = np.full((256, 8, 4), 0x80, np.uint8)
+    for byte in range(256):
+        marked = [bit for bit in range(8) if byte >> bit & 1]
+        for rank, bit in enumerate(marked):
+            table[byte, bit, 2:] = 2 * rank, 2 * rank + 1
+    return table.reshape(256, 32)
+
+
+def _product(data: Any) -> None:
+    """arguments: 1 x, 2 rows, 3 stride of x, 4 d_in, 5 W, 6 whether W is bfloat16, 7 n, 8 sums, 9 stride of sums,
+    10 chunk, 11 places or 0, 12 pivots, 13 offset, 14 out, 15 stride of out.
+
+    sums (rows, stride) becomes x W with zeros after n; the stride is n rounded up to a multiple of 8. With places
+    (pivots + n,): out[r, places[pivots + j]] = sums[r, j] and, of the pivots, out[r, places[j]] = x[r, offset + j].
+    """
+    a = carray(arguments_of(data), (16,))
+    rows, x_stride, d_in, bfloat16, n, stride, chunk = a[2], a[3], a[4], a[6] != 0, a[7], a[9], a[10]
+    pivots, offset, out_stride = a[12], a[13], a[15]
+    x, sums = carray(float32_at(a[1]), (rows, x_stride)), carray(float32_at(a[8]), (rows, stride))
+    wide, narrow = carray(float32_at(a[5]), (d_in, n)), carray(uint16_at(a[5]), (d_in, n))
+    places, out = carray(int64_at(a[11]), (pivots + n,)), carray(float32_at(a[14]), (rows, out_stride))
+    whole = d_in // UNROLL * UNROLL
+    while True:
+        start = take_chunk(data) * chunk
+        if start >= n:
+            break
+        end = min(start + chunk, n)
+        full = start + (end - start) // LANES * LANES
+        for r in range(rows):
+            sums[r, start : stride if end == n else end] = 0
+        for i in range(0, whole, UNROLL):
+            # a last, partial vector reads on into the next row, if there is one; what it adds past n is cleared below
+            vectors = (end - start + LANES - 1) // LANES if i + UNROLL < d_in else (end - start) // LANES
+            w = a[5] + (2 if bfloat16 else 4) * (i * n + start)
+            r = 0
+            while r < rows:
+                four = r + 4 <= rows
+                x_place, out_place = a[1] + 4 * (r * x_stride + i), a[8] + 4 * (r * stride + start)
+                if bfloat16 and four:
+                    add_4_bfloat16(x_place, x_stride, w, n, out_place, stride, vectors)
+                elif bfloat16:
+                    add_1_bfloat16(x_place, x_stride, w, n, out_place, stride, vectors)
+                elif four:
+                    add_4_float32(x_place, x_stride, w, n, out_place, stride, vectors)
+                else:
+                    add_1_float32(x_place, x_stride, w, n, out_place, stride, vectors)
+                r += 4 if four else 1
+        for r in range(rows):
+            for i in range(whole - UNROLL if whole == d_in else whole, d_in):
+                for j in range(full if i < whole else start, end):
+                    sums[r, j] += x[r, i] * (widen_bfloat16(narrow[i, j]) if bfloat16 else wide[i, j])
+            for j in range(n, stride if end == n else n):
+                sums[r, j] = 0
+        if a[11] != 0:
+            for r in range(rows):
+                for j in range(start, end):
+                    out[r, places[pivots + j]] = sums[r, j]
+                for j in range(pivots if start == 0 else 0):
+                    out[r, places[j]] = x[r, offset + j]
+
+
+def _arrange(data: Any) -> None:
+    """arguments: 1 z, 2 stride of z, 3 pivots, 4 y (rows, n), 5 n, 6 places, 7 out (rows, pivots + n), 8 rows, 9 chunk,
+    10 bytes a value (2 or 4). out[r, places] = cat(z[r, :pivots], y[r])."""
+    a = carray(arguments_of(data), (11,))
+    z_stride, pivots, n, rows, chunk = a[2], a[3], a[5], a[8], a[9]
+    places = carray(int64_at(a[6]), (pivots + n,))
+    z4, y4, out4 = (carray(float32_at(a[1]), (rows, z_stride)), carray(float32_at(a[4]), (rows, n)),
+                    carray(float32_at(a[7]), (rows, pivots + n)))  # fmt: skip
+    z2, y2, out2 = (carray(uint16_at(a[1]), (rows, z_stride)), carray(uint16_at(a[4]), (rows, n)),
+                    carray(uint16_at(a[7]), (rows, pivots + n)))  # fmt: skip
+    while True:
+        start = take_chunk(data) * chunk
+        if start >= rows:
+            break
+        for r in range(start, min(start + chunk, rows)):
+            if a[10] == 4:
+                for j in range(pivots):
+                    out4[r, places[j]] = z4[r, j]
+                for j in range(n):
+                    out4[r, places[pivots + j]] = y4[r, j]
+            else:
+                for j in range(pivots):
+                    out2[r, places[j]] = z2[r, j]
+                for j in range(n):
+                    out2[r, places[pivots + j]] = y2[r, j]
+
+
+def _expand_avx2(data: Any) -> None:
+    """arguments: 1 mask, 2 bytes an output, 3 values (d_out, s) bfloat16, 4 s, 5 z, 6 rows, 7 stride of z, 8 table,
+    9 out, 10 d_out, 11 chunk. z (rows, stride) holds zeros up to the mask's last bit."""
+    a = carray(arguments_of(data), (12,))
+    mask_bytes, s, rows, stride, d_out, chunk = a[2], a[4], a[6], a[7], a[10], a[11]
+    flat = carray(uint16_at(a[3]), (d_out * s,))
+    while True:
+        start = take_chunk(data) * chunk
+        if start >= d_out:
+            break
+        for o in range(start, min(start + chunk, d_out)):
+            mask, values = a[1] + o * mask_bytes, a[3] + 2 * o * s
+            copy = np.zeros(s + 8 if (o + 1) * s + 8 > d_out * s else 0, np.uint16)
+            if copy.size:  # a vector of values may reach past the last one
+                copy[:s] = flat[o * s : (o + 1) * s]
+                values = copy.ctypes.data
+            r = 0
+            while r < rows:
+                z, out = a[5] + 4 * r * stride, a[9] + 4 * (r * d_out + o)
+                if r + 4 <= rows:
+                    expand_4(mask, mask_bytes, values, z, stride, a[8], out, d_out)
+                    r += 4
+                else:
+                    expand_1(mask, mask_bytes, values, z, stride, a[8], out, d_out)
+                    r += 1
+
+
+def _expand_any(data: Any) -> None:
+    """The same arguments and result on a processor without AVX2: one value at a time."""
+    a = carray(arguments_of(data), (12,))
+    mask_bytes, s, rows, stride, d_out, chunk = a[2], a[4], a[6], a[7], a[10], a[11]
+    mask, values = carray(uint8_at(a[1]), (d_out, mask_bytes)), carray(uint16_at(a[3]), (d_out, s))
+    z, out = carray(float32_at(a[5]), (rows, stride)), carray(float32_at(a[9]), (rows, d_out))
+    while True:
+        start = take_chunk(data) * chunk
+        if start >= d_out:
+            break
+        for o in range(start, min(start + chunk, d_out)):
+            for r in range(rows):
+                total, position = np.float32(0), 0
+                for byte in range(mask_bytes):
+                    bits = mask[o, byte]
+                    for bit in range(8):
+                        if bits >> bit & 1:
+                            total += widen_bfloat16(values[o, position]) * z[r, 8 * byte + bit]
+                            position += 1
+                out[r, o] = total
+
+
+SOURCES: dict[str, Callable[[Any], None]] = {
+    "product": _product,
+    "arrange": _arrange,
+    "expand_avx2": _expand_avx2,
+    "expand_any": _expand_any,
+}
+
+
+@functools.cache
+def _compiled(name: str) -> Any:
+    decorate = {"sig": types.void(types.voidptr), "fastmath": {"contract"}}
+    try:
+        return cfunc(**decorate, cache=True)(SOURCES[name])
+    except RuntimeError:  # no folder that numba could write its cache to
+        return cfunc(**decorate)(SOURCES[name])
+
+
+def compile_kernel(name: str) -> int:
+    """The address of the kernel of that name, compiled now or taken from numba's cache on disk; it stays valid."""
+    return int(_compiled(name).address)
