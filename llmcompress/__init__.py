@@ -1,7 +1,7 @@
 """Smaller, faster language models by factorising their weights.
 
 `import llmcompress` lets transformers' `from_pretrained` load compressed checkpoints. `apply` runs a recipe, `compress`
-works on a model in memory.
+and `finetune_model` work on a model in memory, `finetune_checkpoint` trains a compressed checkpoint.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from llmcompress import _register
 from llmcompress.errors import InputError, RunError
 
 if TYPE_CHECKING:
-    from llmcompress.api import compress
+    from llmcompress.api import compress, finetune_model
+    from llmcompress.finetune.command import finetune_checkpoint
     from llmcompress.pipeline import Outcome, apply
     from llmcompress.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Outcome", "Recipe", "RunError", "apply", "compress"]
+__all__ = ["InputError", "Outcome", "Recipe", "RunError", "apply", "compress", "finetune_checkpoint", "finetune_model"]
 
 _LAZY = {
     "apply": "llmcompress.pipeline",
     "Outcome": "llmcompress.pipeline",
     "compress": "llmcompress.api",
+    "finetune_model": "llmcompress.api",
+    "finetune_checkpoint": "llmcompress.finetune.command",
     "Recipe": "llmcompress.recipe",
 }
 

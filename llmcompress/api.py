@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,14 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.calibration import text
-from llmcompress.checkpoint.install import install
+from llmcompress.checkpoint.install import install, structured_layers
 from llmcompress.checkpoint.quantizer import attach
 from llmcompress.engine import Engine, Progress, Settings, load_layers
 from llmcompress.errors import InputError
+from llmcompress.finetune.block_recovery import check_plan
+from llmcompress.finetune.train import Training, train
 from llmcompress.models.runner import Runner
 from llmcompress.models.structure import analyse
 from llmcompress.plan import make_plan
-from llmcompress.recipe import Recipe
+from llmcompress.recipe import Finetune, Recipe, parse_section
 from llmcompress.workspace import MemoryStore
 
 
@@ -30,6 +35,7 @@ def compress(
     targets: Sequence[str] = ("attention", "ffn"),
     calibration: dict[str, Any] | None = None,
     tokens: Tensor | None = None,
+    block_recovery: dict[str, Any] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     **options: Any,
@@ -37,8 +43,8 @@ def compress(
     """Compresses a transformers model in place and returns it; `save_pretrained` then writes a compressed checkpoint.
 
     ratio: fraction of the targeted parameters removed. calibration: keys of a recipe's `calibration` section, read
-    with `tokenizer`; or `tokens` (sequences, length) int64 directly. options: `allocation`, `propagate` and the
-    method's own.
+    with `tokenizer`; or `tokens` (sequences, length) int64 directly. block_recovery: keys of that section. options:
+    `allocation`, `propagate` and the method's own.
     InputError for anything that a recipe with the same values would be refused for; the model is then unchanged.
     """
     step = {"method": method, "ratio": ratio, "targets": list(targets), **options}
@@ -49,13 +55,16 @@ def compress(
             "seed": seed,
             "calibration": calibration or {},
             "compress": [step],
+            "block_recovery": block_recovery,
         },
         "compress()",
     )
     plan = make_plan(analyse(model), recipe.compress)
+    if recipe.block_recovery is not None:
+        check_plan(plan)
     tokens = _tokens(model, tokenizer, recipe) if tokens is None else tokens
     section = recipe.calibration
-    settings = Settings(section.batch_tokens, section.backward_samples, section.targets, seed)
+    settings = Settings(section.batch_tokens, section.backward_samples, section.targets, seed, recipe.block_recovery)
     store = MemoryStore()
     training = model.training
     model.eval()
@@ -69,6 +78,36 @@ def compress(
     install(model, layers)
     attach(model)
     return model
+
+
+def finetune_model(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    teacher: PreTrainedModel | None = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Training:
+    """Trains a transformers model in place, by default its compressed factors alone; returns what the training did.
+
+    tokens (sequences, length) int64; teacher: the dense model, for `loss: kd`, the default; options: keys of a
+    recipe's `finetune` section. Checkpoints lie in `folder`, from which an interrupted call goes on, or in a temporary
+    one. Training is float32; the weights return to their dtype.
+    InputError for options that a recipe would be refused for; RunError for a loss that is not finite.
+    """
+    section = parse_section(Finetune, {"length": tokens.shape[1], **options}, "finetune_model()")
+    device, dtype = model.device, model.dtype
+    with contextlib.nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
+        training = train(
+            model.float(), tokens, section, Path(place) / "training",
+            teacher=teacher, seed=seed, device=device.type, progress=progress,
+        )  # fmt: skip
+    model.to(device=device, dtype=dtype)
+    if structured_layers(model):
+        attach(model)
+    return training
 
 
 def _tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> Tensor:

@@ -21,12 +21,17 @@ class Entry:
     """One line of the catalogue. `target` is `module:attribute`, `port` where a backend plugs in."""
 
     name: str
-    kind: str  # compressor | allocation | layer | backend
+    kind: str  # compressor | allocation | optimizer | layer | backend
     target: str
     paper: str = ""
     group: str = ""
     port: str = ""
     summary: str = ""
+
+    @property
+    def module(self) -> str:
+        """The last name of its module: a backend is found by it too."""
+        return self.target.partition(":")[0].rpartition(".")[2]
 
     def load(self) -> Any:
         """What `target` names. InputError if a module that it needs is not installed, or has no such attribute."""
@@ -66,6 +71,28 @@ _ENTRIES = (
           summary="one budget for all units, spent where the summed error falls most"),
     Entry("welore", "allocation", "llmcompress.compressors.allocation.welore:WeLore", "2407.11239",
           summary="ranks from one threshold over all normalised spectra"),
+    Entry("adamw", "optimizer", "llmcompress.finetune.optimizers:AdamW", "1711.05101",
+          summary="Adam with decoupled weight decay"),
+    Entry("gradient_stability", "backend", "llmcompress.backends.analysis.gradient_stability:GradientStability",
+          "2407.11239", "analysis", "analysis", summary="gradient subspaces and ranks while the model trains"),
+    Entry("uniform", "backend", "llmcompress.backends.sampling.uniform:Uniform", "", "sampling", "sampler",
+          summary="uniform rows without replacement; the baseline"),
+    Entry("sensitivity", "backend", "llmcompress.backends.sampling.sensitivity_sampling:Sensitivity", "2306.00732",
+          "sampling", "sampler", summary="rows by leverage, Lewis weights or lp sensitivities"),
+    Entry("volume", "backend", "llmcompress.backends.sampling.volume_sampling:Volume", "2312.14057", "sampling",
+          "sampler", summary="rows by determinantal point processes: stable least squares from few of them"),
+    Entry("top_eigenvector", "backend", "llmcompress.backends.streaming.streaming_eigenvector:TopEigenvector",
+          "2412.11963", "streaming", "stream", summary="top direction in one pass; finds massive-activation tokens"),
+    Entry("linf_sketch", "backend", "llmcompress.backends.regression.linf_regression:LinfSketch", "2302.00248",
+          "regression", "solver", summary="sketched least squares that is accurate in every entry"),
+    Entry("conjugate_direction", "backend", "llmcompress.backends.regression.conjugate_direction:ConjugateDirection",
+          "2205.10763", "regression", "solver", summary="learned conjugate directions for positive definite systems"),
+    Entry("block_coordinate", "backend", "llmcompress.backends.regression.block_coordinate:BlockCoordinate",
+          "1712.08859", "regression", "solver", summary="greedy block coordinate descent from the Gram alone"),
+    Entry("random_support", "backend", "llmcompress.backends.regression.sparse_regression:RandomSupport", "2511.06211",
+          "regression", "sparse coder", summary="sparse regression that no condition number troubles"),
+    Entry("kronecker_sbl", "backend", "llmcompress.backends.regression.kronecker_sbl:KroneckerSBLCoder", "2307.14719",
+          "regression", "sparse coder", summary="sparse Bayesian codes whose support is a Kronecker product"),
     Entry("low_rank", "layer", "llmcompress.layers.low_rank:LowRankLinear"),
     Entry("sparse_dictionary", "layer", "llmcompress.layers.sparse_dictionary:SparseDictionaryLinear"),
 )  # fmt: skip
@@ -112,7 +139,8 @@ def nearest(name: str, known: list[str]) -> str:
 def get(kind: str, name: str, port: str | None = None) -> Entry:
     """The entry of that kind and name. InputError offers the nearest name."""
     for entry in entries():
-        if entry.kind == kind and entry.name == name and (port is None or entry.port == port):
+        named = entry.name == name or (kind == "backend" and entry.module == name)
+        if entry.kind == kind and named and (port is None or entry.port == port):
             return entry
     what = port or ("method" if kind == "compressor" else kind)
     raise InputError(f"unknown {what} '{name}'{nearest(name, names(kind, port))}")

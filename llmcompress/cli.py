@@ -103,12 +103,38 @@ def apply(
         _log_to(err)
         outcome = pipeline.apply(loaded, progress=bars)
     out.print(show.result_table(outcome.folder, outcome.metrics, outcome.speed))
+    out.print(show.kept_table(outcome.metrics["sites"]))
+    if pair := outcome.metrics.get("finetune", {}).get("validation_perplexity"):
+        out.print(f"fine-tuning: perplexity of the held-out text {pair['before']:.2f} -> {pair['after']:.2f}")
     if outcome.seconds:
         out.print(show.seconds_line(outcome.seconds), style="dim")
 
 
 def _output_override(output: str) -> str:
     return f"output={json.dumps(output, ensure_ascii=False)}"  # YAML would read \ud83d\ude00 as two characters
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Argument(help="a compressed checkpoint; with method full any model")],
+    recipe: RecipeOption,
+    overrides: SetOption = [],  # noqa: B006
+    output: Annotated[str | None, typer.Option("--output", "-o", help="folder of the result")] = None,
+) -> None:
+    """Train a compressed checkpoint as the recipe's finetune section says. Killed and run again, it goes on."""
+    from llmcompress import show
+    from llmcompress.finetune import command
+
+    given = overrides + ([_output_override(output)] if output is not None else [])
+    loaded = command.FinetuneRecipe.load(recipe, given)
+    with show.Bars(err) as bars:
+        _log_to(err)
+        outcome = command.finetune_checkpoint(model, loaded, progress=bars)
+    if outcome is None:
+        return
+    out.print(command.training_table(outcome.folder, outcome.metrics))
+    if outcome.seconds:
+        out.print(show.seconds_line(outcome.seconds), style="dim")
 
 
 @app.command(name="eval")
@@ -147,6 +173,40 @@ def inspect(model: ModelArgument, json_file: JsonOption = None) -> None:
     found = inspect_model(model)
     _print_tables(structure_tables(found))
     _write_json(json_file, found)
+
+
+@app.command()
+def analyze(
+    model: ModelArgument,
+    backend: Annotated[str, typer.Option("--backend", "-b", help="name in `llmcompress backends`")],
+    options: Annotated[list[str], typer.Option("--set", help="an option of the backend: rank=32")] = [],  # noqa: B006
+    data: Annotated[str, typer.Option(help="text source: wikitext2, a file, python-docs; NAME:SPLIT")] = "python-docs",
+    field: Annotated[str, typer.Option(help="column or key that holds the text")] = "text",
+    samples: Annotated[int, typer.Option(min=1, help="sequences")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="tokens in a sequence")] = 512,
+    site: Annotated[
+        list[str], typer.Option(help="roles, or regexes over module names; three blocks' inputs if absent")
+    ] = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(min=0, help="seed of everything random")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    json_file: JsonOption = None,
+    plot: Annotated[Path | None, typer.Option(help="also draw the curves into this .png, .svg or .pdf")] = None,
+) -> None:
+    """Measure what a backend finds in a model, and whether it helps there."""
+    _check_json_file(json_file)
+    from llmcompress import show
+    from llmcompress.analyze import analyze_model, parse_options
+
+    with show.Bars(err) as bars:
+        report = analyze_model(
+            model, backend, parse_options(options), data, field, samples, length, site, seed, device, bars
+        )
+    out.print(report.table())
+    for finding in report.findings:
+        _print_line(finding)
+    _write_json(json_file, report.as_json())
+    if plot is not None:
+        report.save_plot(plot)
 
 
 @app.command()

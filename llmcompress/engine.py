@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -14,10 +15,13 @@ from torch import Tensor
 from llmcompress.calibration.collect import InputStatistics, capture_inputs
 from llmcompress.calibration.fisher import OutputStatistics, sample_labels, token_losses
 from llmcompress.checkpoint.install import build_layer, install, layer_spec, shared_tensors
+from llmcompress.compressors.allocation.spectra import profile as profile_in
 from llmcompress.errors import InputError, RunError
+from llmcompress.finetune.block_recovery import recover_block
 from llmcompress.layers.base import StructuredLinear
 from llmcompress.models.runner import Runner, check_finite
 from llmcompress.plan import Plan, Step
+from llmcompress.recipe import BlockRecovery
 from llmcompress.types import Budget, Problem, Profile, Site, Statistics
 from llmcompress.workspace import Store
 
@@ -47,6 +51,7 @@ class Settings:
     backward_samples: int | None = None
     targets: str = "labels"
     seed: int = 0
+    recovery: BlockRecovery | None = None
 
 
 @dataclass
@@ -112,6 +117,11 @@ class Engine:
         return self.store.has("blocks/00000") or self.store.has("statistics/00000")
 
     @property
+    def _runs_again(self) -> bool:
+        """Whether the embeddings are needed when blocks are compressed, after all statistics are known."""
+        return self.plan.propagate or self.settings.recovery is not None
+
+    @property
     def _shape(self) -> tuple[int, ...]:
         return (*self.tokens.shape, self._width or 0)
 
@@ -132,12 +142,12 @@ class Engine:
                 sites = self._sites_in(index)
                 statistics = self._forward(index, sites, self.plan.forward_needs, f"hidden/{index:05d}", "hidden")
                 self._put_statistics(f"statistics/{index:05d}", statistics)
-            if not keep_all and not (index == 0 and self.plan.propagate):
+            if not keep_all and not (index == 0 and self._runs_again):
                 self.store.delete(f"hidden/{index:05d}")
             self.progress.advance(self.plan.structure.blocks[index])
         if self.plan.backward_needs:
             self._backward()
-            for index in range(0 if not self.plan.propagate else 1, self.count + 1):
+            for index in range(0 if not self._runs_again else 1, self.count + 1):
                 self.store.delete(f"hidden/{index:05d}")
 
     def _sites_in(self, index: int) -> list[Site]:
@@ -252,11 +262,12 @@ class Engine:
 
     def _profile(self, step: Step, key: str, unit: list[Site]) -> Profile:
         if not self.store.has(key):
-            profile = step.compressor.profile(self._problem(unit, None), step.allocation.raw_spectra)
-            self.store.put(key, {"spectrum": profile.spectrum, "costs": profile.costs}, profile.dense)
+            profile = profile_in(step.compressor, self._problem(unit, None), step.allocation.spectra)
+            found = {"spectrum": profile.spectrum, "costs": profile.costs, "losses": profile.losses}
+            self.store.put(key, {name: t for name, t in found.items() if t is not None}, profile.dense)
         tensors, dense = self.store.get(key)
         self.progress.advance(unit[0].name)
-        return Profile(unit, tensors["spectrum"], tensors["costs"], dense)
+        return Profile(unit, tensors["spectrum"], tensors["costs"], dense, tensors.get("losses"))
 
     # -- pass two: compression --------------------------------------------------------------------------------------
 
@@ -290,6 +301,8 @@ class Engine:
                     built, found = self._compress_unit(step, unit, budget, fresh)
                     layers |= built
                     results += [asdict(result) for result in found]
+        if self.settings.recovery is not None and layers:
+            self._recover(index, layers, results, self.settings.recovery)
         if self.plan.propagate:
             self._advance(index, layers)
         tied = shared_tensors(layers)
@@ -300,42 +313,69 @@ class Engine:
         """Statistics gathered now: of the dense model in one pass, of the compressed prefix's stream otherwise."""
         sites, needs = self._sites_in(index), self.plan.forward_needs
         if not self.plan.propagate:
-            if self.plan.two_passes:
+            if self.plan.two_passes and self.settings.recovery is None:
                 return None
-            return self._forward(index, sites, needs, f"hidden/{index:05d}", "hidden")
+            needs = frozenset() if self.plan.two_passes else needs
+            found = self._forward(index, sites, needs, f"hidden/{index:05d}", "hidden")
+            return None if self.plan.two_passes else found
         self._check_weights(sites)
         own = self._open(self._propagated(index))
         collected = InputStatistics(sites, needs, self.runner.device)
         crossed = "cross" in needs
-        output = self.store.new_hidden(f"hidden/{index + 1:05d}", self._shape, self.runner.dtype) if crossed else None
-        dense = self._open(f"hidden/{index:05d}") if crossed else None
+        both = crossed or self.settings.recovery is not None
+        output = self.store.new_hidden(f"hidden/{index + 1:05d}", self._shape, self.runner.dtype) if both else None
+        dense = self._open(f"hidden/{index:05d}") if both else None
         with self.runner.block_loaded(index), torch.no_grad():
             for rows in self._batches(len(own)):
                 if dense is not None and output is not None:
-                    with capture_inputs(self.runner.model, sites, collected.receive_dense):
+                    with capture_inputs(self.runner.model, sites if crossed else [], collected.receive_dense):
                         output[rows] = self.runner.run_block(index, dense[rows].to(self.runner.device)).to(output)
                 with capture_inputs(self.runner.model, sites, collected.receive):
                     self.runner.run_block(index, own[rows].to(self.runner.device))
-        if crossed:
+        if both:
             self.store.commit_hidden(f"hidden/{index + 1:05d}")
         return collected.sums
 
     def _propagated(self, index: int) -> str:
         return f"propagated/{index:05d}" if index else "hidden/00000"
 
+    def _recover(
+        self, index: int, layers: dict[str, StructuredLinear], results: list[dict[str, Any]], section: BlockRecovery
+    ) -> None:
+        """Fits the block's factors to the dense block's outputs, on the inputs that it was calibrated with."""
+        inputs = self._open(self._propagated(index) if self.plan.propagate else f"hidden/{index:05d}")
+        targets = self._open(f"hidden/{index + 1:05d}")
+        generator = torch.Generator().manual_seed(_seed(self.settings.seed, f"recovery:{index}"))
+
+        def run(hidden: Tensor) -> Tensor:
+            return self.runner.run_block(index, hidden.to(self.runner.device))
+
+        with self._block_with(index, layers):
+            recovered = recover_block(run, layers, inputs, targets, self.batch, section, generator)
+        log.info("%s: %s", self.plan.structure.blocks[index], recovered.note)
+        results[0]["notes"] = [*results[0]["notes"], recovered.note]
+
+    @contextmanager
+    def _block_with(self, index: int, layers: dict[str, StructuredLinear]) -> Iterator[None]:
+        """The block in memory with its compressed layers in place of the dense ones."""
+        with self.runner.block_loaded(index):
+            dense = {name: self.runner.model.get_submodule(name) for name in layers}
+            install(self.runner.model, layers)
+            try:
+                yield
+            finally:
+                for name, module in dense.items():
+                    parent, _, leaf = name.rpartition(".")
+                    setattr(self.runner.model.get_submodule(parent), leaf, module)
+
     def _advance(self, index: int, layers: dict[str, StructuredLinear]) -> None:
         """Runs the compressed block on the compressed prefix's stream."""
         own = self._open(self._propagated(index))
         following = f"propagated/{index + 1:05d}"
         output = self.store.new_hidden(following, self._shape, self.runner.dtype)
-        with self.runner.block_loaded(index), torch.no_grad():
-            dense = {name: self.runner.model.get_submodule(name) for name in layers}
-            install(self.runner.model, layers)
+        with self._block_with(index, layers), torch.no_grad():
             for rows in self._batches(len(own)):
                 output[rows] = self.runner.run_block(index, own[rows].to(self.runner.device)).to(output)
-            for name, module in dense.items():
-                parent, _, leaf = name.rpartition(".")
-                setattr(self.runner.model.get_submodule(parent), leaf, module)
         check_finite(output, f"{self.plan.structure.blocks[index]}, compressed")
         self.store.commit_hidden(following)
 
@@ -369,7 +409,7 @@ class Engine:
         self, step: Step, unit: list[Site], budget: Budget, fresh: dict[str, Statistics] | None
     ) -> tuple[dict[str, StructuredLinear], list[SiteResult]]:
         problem = self._problem(unit, fresh)
-        seed = int.from_bytes(hashlib.sha256(f"{self.settings.seed}:{unit[0].name}".encode()).digest()[:7], "big")
+        seed = _seed(self.settings.seed, unit[0].name)
         generator = torch.Generator(device=self.runner.device).manual_seed(seed)
         compressed = step.compressor.compress(problem, budget, generator)
         for note in compressed.notes:
@@ -380,6 +420,11 @@ class Engine:
             for site, weight in zip(unit, problem.weights, strict=True)
         ]
         return layers, results
+
+
+def _seed(seed: int, name: str) -> int:
+    """A seed of its own for each part of the work, whatever was done before it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
 def site_result(

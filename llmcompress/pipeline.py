@@ -1,4 +1,4 @@
-"""Runs a recipe: load, calibrate, allocate, compress, save, evaluate; killed at any instant, it goes on."""
+"""Runs a recipe: load, calibrate, allocate, compress, save, fine-tune, evaluate; killed at any instant, it goes on."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ from llmcompress.checkpoint.card import model_card
 from llmcompress.checkpoint.save import save_streamed
 from llmcompress.engine import Engine, Progress, Settings, Silent, SiteResult
 from llmcompress.errors import InputError
+from llmcompress.finetune.block_recovery import check_plan
+from llmcompress.finetune.data import check_teacher, check_tokens, read_tokens, teacher_config
+from llmcompress.finetune.stage import current_results, read_report, train_checkpoint
 from llmcompress.models.files import file_digest
 from llmcompress.models.load import (
     DTYPES,
@@ -82,13 +85,18 @@ class Pipeline:
         self.fingerprint = self._fingerprint()
         self.work = self.output.parent / f".{self.output.name}.work-{self.fingerprint[:12]}"
         self.seconds: dict[str, float] = {}
+        self._training_tokens: Tensor | None = None
 
     def _fingerprint(self) -> str:
         """Identifies all that the compressed weights depend on, so that old work of another run is never mixed in."""
         recipe = self.recipe.model_dump(mode="json", exclude={"output", "eval", "model", "max_shard_size"})
         sources = [Path(self.recipe.calibration.dataset).expanduser()]
+        models = [fingerprint(self.location)]
+        if (section := self.recipe.finetune) is not None:
+            sources += [Path(section.dataset).expanduser()] if section.dataset else []
+            models += [fingerprint(locate(section.teacher))] if section.teacher else []
         texts = [file_digest(path) for path in sources if path.is_file()]
-        return digest([recipe, fingerprint(self.location), texts, versions()])
+        return digest([recipe, models, texts, versions()])
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
@@ -106,28 +114,44 @@ class Pipeline:
         runner = Runner(source, plan.structure)
         calibration = self.recipe.calibration
         settings = Settings(
-            calibration.batch_tokens, calibration.backward_samples, calibration.targets, self.recipe.seed
-        )
+            calibration.batch_tokens, calibration.backward_samples, calibration.targets, self.recipe.seed,
+            self.recipe.block_recovery,
+        )  # fmt: skip
         with self._timed("compress"):
             results = Engine(runner, plan, tokens, store, settings, self.progress).run()
         result = self.work / "result"
         with self._timed("save"), disk_errors(result):
             shutil.rmtree(result, ignore_errors=True)
             save_streamed(result, source, results, store, self.recipe.max_shard_size)
-        metrics = {
-            "fingerprint": self.fingerprint,
+        metrics: dict[str, Any] = {"fingerprint": self.fingerprint, "dense_sites": plan.structure.dense}
+        if self._training_tokens is not None:
+            with self._timed("fine-tune"):
+                result, metrics["finetune"] = self._finetune(source, result, self._training_tokens)
+            results = current_results(results, result, source.model.dtype)
+        metrics |= {
             "size": size_metrics(source, results, result),
-            "dense_sites": plan.structure.dense,
             "sites": [asdict(item) for item in results],
         }
         speed = self._evaluate(source, result, metrics, texts)
         with disk_errors(result):
             self._describe(result, metrics)
-            _sync_folder(result)
+            sync_folder(result)
             os.replace(result, self.output)
             sync(self.output.parent)
         self._remove_work()
         return Outcome(self.output, metrics, self.seconds, speed)
+
+    def _finetune(self, source: StreamedModel, result: Path, tokens: Tensor) -> tuple[Path, dict[str, Any]]:
+        """The folder of the trained model and what its training reports."""
+        section, recipe = self.recipe.finetune, self.recipe
+        assert section is not None
+        teacher = locate(section.teacher) if section.teacher else source.location
+        tuned = train_checkpoint(
+            Location(result), teacher, tokens, section, self.work,
+            dtype=source.model.dtype, device=self.device, seed=recipe.seed, max_shard_size=recipe.max_shard_size,
+            progress=self.progress, trust_remote_code=recipe.trust_remote_code,
+        )  # fmt: skip
+        return tuned, read_report(self.work)
 
     def _evaluate_again(self, source: StreamedModel, metrics: dict[str, Any], texts: dict[str, Tensor]) -> Outcome:
         """The weights are there; only the recipe's `eval` section is another."""
@@ -148,8 +172,11 @@ class Pipeline:
             with self._timed("load"):
                 source = self.open_model()
                 plan = make_plan(analyse(source.model), self.recipe.compress)
+                if self.recipe.block_recovery is not None:
+                    check_plan(plan)
                 texts = self._evaluation_texts(source)
                 tokens = self._calibration_tokens(source)
+                self._training_tokens = self._read_training_tokens(source)
         except InputError:
             if fresh:
                 shutil.rmtree(self.work, ignore_errors=True)
@@ -173,7 +200,7 @@ class Pipeline:
             part.mkdir(parents=True)
             with disk_errors(part):
                 unpack_gguf(gguf, part)
-                _sync_folder(part)
+                sync_folder(part)
                 replace_durably(part, folder)
         return Location(folder)
 
@@ -194,6 +221,16 @@ class Pipeline:
         check_vocabulary(source, tokens)
         if len(tokens) < calibration.samples:
             log.warning("%s: text for %d of %d sequences only", calibration.dataset, len(tokens), calibration.samples)
+        return tokens
+
+    def _read_training_tokens(self, source: StreamedModel) -> Tensor | None:
+        section = self.recipe.finetune
+        if section is None or section.method == "none":
+            return None
+        tokens = read_tokens(section, self.recipe.calibration.dataset, load_tokenizer(source.location))
+        check_tokens(source.model, tokens)
+        if section.loss == "kd" and section.teacher is not None:
+            check_teacher(source.model.config, teacher_config(locate(section.teacher)))
         return tokens
 
     def _evaluation_texts(self, source: StreamedModel) -> dict[str, Tensor]:
@@ -243,8 +280,11 @@ class Pipeline:
         header = "# The recipe as run; the folder it was written to is left out.\n"
         header += "".join(f"# {name} {version}\n" for name, version in versions().items())
         write_text(result / "recipe.yaml", header + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
-        write_text(result / "README.md", model_card(self.recipe, metrics))
+        write_text(result / "README.md", self._card(metrics))
         write_text(result / METRICS, json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+
+    def _card(self, metrics: dict[str, Any]) -> str:
+        return model_card(self.recipe, metrics)
 
     def _remove_work(self) -> None:
         for folder in self._all_work():
@@ -349,7 +389,7 @@ def choose_device(name: str) -> str:
     return name
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         sync(path)
     sync(folder)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import types
 import typing
-from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticSerializationError
 
 from llmcompress import catalog
+from llmcompress.backends.choice import Backend
 from llmcompress.errors import InputError
 
 #: options of methods and allocations that say how much is kept in place of `ratio`
@@ -30,6 +31,9 @@ REPLACES_RATIO = ("rank_fraction", "err")
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Choice(BaseModel):
@@ -48,6 +52,10 @@ class Choice(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Optimizer(Choice):
+    """An optimiser by name with its options."""
+
+
 class Calibration(Section):
     dataset: str = Field(
         "wikitext2",
@@ -63,6 +71,19 @@ class Calibration(Section):
     targets: Literal["labels", "sampled"] = Field(
         "labels", description="what gradient statistics predict: the text's own tokens, or tokens the model draws"
     )
+    sampler: Backend | None = Field(
+        None, description="backend that chooses and weights the rows of each input that its Gram sums; all if absent"
+    )
+    stream: Backend | None = Field(
+        None, description="backend that summarises each input's rows in one pass; its findings are logged"
+    )
+
+    def build_sampler(self) -> Any:
+        return self.sampler.build("sampler") if self.sampler else None
+
+    def stream_factory(self) -> Any:
+        """Builds a new summary at every call; None without one."""
+        return functools.partial(self.stream.build, "stream") if self.stream else None
 
 
 class Compress(BaseModel):
@@ -126,6 +147,50 @@ class Evaluation(Section):
     speed: bool = Field(False, description="measure tokens per second, dense and compressed")
 
 
+class BlockRecovery(Section):
+    """After a block is compressed, its factors are fitted to the dense block's outputs."""
+
+    steps: int = Field(32, ge=1, description="optimiser steps a block")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of Adam; falls to zero by a cosine")
+
+
+class Finetune(Section):
+    """Training after compression."""
+
+    method: Literal["lrc", "full", "lora", "none"] = Field(
+        "lrc", description="what trains: the compressed sites' factors (lrc), all (full), adapters (lora), or nothing"
+    )
+    steps: int = Field(200, ge=1, description="optimiser steps")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate; rises linearly, then falls to zero by a cosine")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    optimizer: Optimizer = Field(
+        default_factory=lambda: Optimizer(name="adamw"), description="an optimiser of the catalogue"
+    )
+    loss: Literal["ce", "kd"] = Field(
+        "kd", description="the text's cross entropy, or the distance to a teacher's logits"
+    )
+    temperature: float = Field(1.0, gt=0, description="kd: both logits are divided by it")
+    block_loss: float = Field(0.0, ge=0, description="kd: weight of the relative error of the blocks' outputs, added")
+    teacher: str | None = Field(None, description="kd: the model to learn from; the recipe's own if absent")
+    dataset: str | None = Field(None, description="text source, as in calibration; that of calibration if absent")
+    field: str = Field("text", description="column or key that holds the text")
+    length: int = Field(512, ge=2, description="tokens in a sequence")
+    samples: int | None = Field(None, ge=2, description="sequences read; all that the text gives if absent")
+    validation: int = Field(
+        16, ge=0, description="sequences held out at the text's end, at most a tenth; 0: the last step is kept"
+    )
+    batch: int = Field(4, ge=1, description="sequences a process works on at a time")
+    accumulation: int = Field(1, ge=1, description="batches that make one step")
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: not clipped")
+    bf16: bool = Field(False, description="multiply in bfloat16; the weights that train stay in float32")
+    gradient_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
+    evaluate_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints, each validated; a quarter of the steps if absent"
+    )
+    patience: int | None = Field(None, ge=1, description="stop after so many validations without a gain")
+    lora_rank: int = Field(16, ge=1, description="lora: rank of the adapters")
+
+
 class Recipe(Section):
     """A whole run: which model, calibrated on what, compressed how, evaluated on what, written where."""
 
@@ -138,12 +203,14 @@ class Recipe(Section):
     trust_remote_code: bool = Field(False, description="run code that the model's folder brings along")
     calibration: Calibration = Field(default_factory=Calibration, description="text that statistics are gathered from")
     compress: list[Compress] = Field(min_length=1, description="steps, each on sites of its own")
+    block_recovery: BlockRecovery | None = Field(None, description="fit each block to the dense one's outputs")
+    finetune: Finetune | None = Field(None, description="training after compression")
     eval: Evaluation = Field(default_factory=Evaluation, description="what is measured at the end")
     max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?[KMG]?B$", description="largest safetensors file")
     output: str = Field(min_length=1, description="folder of the result")
 
     @classmethod
-    def load(cls, path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    def load(cls, path: str | Path, overrides: list[str] | None = None) -> Self:
         """Reads a YAML recipe, applies overrides such as `compress.0.ratio=0.4`, checks every key and option.
 
         InputError: one line with file, key path, what is wrong, and the nearest valid name.
@@ -164,22 +231,30 @@ class Recipe(Section):
         return cls.parse(data, str(path))
 
     @classmethod
-    def parse(cls, data: dict[str, Any], source: str = "recipe") -> Recipe:
+    def parse(cls, data: dict[str, Any], source: str = "recipe") -> Self:
         """Checks a recipe given as a mapping; methods' and allocations' options included."""
         try:
             recipe = cls.model_validate(data)
         except ValidationError as error:
             raise InputError(f"{source}: {_first_error(error, cls)}") from None
+        for port in ("sampler", "stream"):
+            _check_backend(f"{source}: calibration.{port}", getattr(recipe.calibration, port), port)
         for index, step in enumerate(recipe.compress):
             at = f"compress.{index}"
             _check_choice(f"{source}: {at}.method", "compressor", step.method)
             compressor = catalog.get("compressor", step.method).load()
             _check_options(f"{source}: {at}", compressor.Options, step.options, tuple(Compress.model_fields))
+            for key, port in getattr(compressor.Options, "BACKENDS", {}).items():
+                _check_backend(f"{source}: {at}.{key}", step.options.get(key), port)
             _check_choice(f"{source}: {at}.allocation", "allocation", step.allocation.name)
             allocation = catalog.get("allocation", step.allocation.name).load()
             _check_options(f"{source}: {at}.allocation", allocation.Options, step.allocation.options, ("name",))
             if step.ratio_replaced_by and "ratio" in step.model_fields_set:
                 raise InputError(f"{source}: {at}: give ratio or {step.ratio_replaced_by}, not both")
+        if recipe.finetune is not None:
+            optimizer, at = recipe.finetune.optimizer, f"{source}: finetune.optimizer"
+            _check_choice(at, "optimizer", optimizer.name)
+            _check_options(at, catalog.get("optimizer", optimizer.name).load().Options, optimizer.options, ("name",))
         try:
             recipe.model_dump_json()  # it is saved beside the result
         except PydanticSerializationError as error:
@@ -187,11 +262,29 @@ class Recipe(Section):
         return recipe
 
 
+def parse_section(section: type[S], data: dict[str, Any], source: str) -> S:
+    """A section given as a mapping. InputError: one line, as for a whole recipe."""
+    _check_options(source, section, data, ())
+    return section(**data)
+
+
 def _check_choice(at: str, kind: str, name: str) -> None:
     try:
         catalog.get(kind, name)
     except InputError as error:
         raise InputError(f"{at}: {error}") from None
+
+
+def _check_backend(at: str, given: Any, port: str) -> None:
+    """InputError unless `given` (None, a name or a mapping) is a backend of that port with options that it has."""
+    if given is None:
+        return
+    choice = Backend.model_validate(given)
+    try:
+        entry = catalog.get("backend", choice.name, port)
+    except InputError as error:
+        raise InputError(f"{at}: {error}") from None
+    _check_options(at, entry.load().Options, choice.options, ("name",))
 
 
 def _check_options(at: str, options: type[BaseModel], given: dict[str, Any], also: tuple[str, ...]) -> None:
@@ -260,7 +353,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise InputError(f"{at}: the value is not YAML") from None
     *parents, last = key.split(".")
     try:
-        holder: Any = reduce(_child, parents, data)
+        holder: Any = functools.reduce(_child, parents, data)
         if isinstance(holder, list):
             holder[int(last)] = value
         else:

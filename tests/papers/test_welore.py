@@ -5,11 +5,20 @@ import itertools
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from llmcompress_eval.perplexity import perplexity, windows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmcompress.api import compress
+from llmcompress.backends.analysis.gradient_stability import (
+    GradientRecorder,
+    energy_rank,
+    late_cosine,
+    retained_ranks,
+    stability_report,
+    subspace_overlap,
+)
 from llmcompress.calibration import text
 from llmcompress.compressors.allocation.welore import (
     WeLore,
@@ -25,7 +34,7 @@ from llmcompress.compressors.low_rank import Whitened, rank_costs, rank_for
 from llmcompress.compressors.svd import svd_factorize
 from llmcompress.compressors.svd_llm import svd_llm_factorize
 from llmcompress.engine import Engine, Settings
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, RunError
 from llmcompress.models.load import load_model, locate
 from llmcompress.models.runner import Runner
 from llmcompress.models.structure import analyse
@@ -264,7 +273,17 @@ def trained_llama(request, wikitext):
         model = LlamaForCausalLM(LlamaConfig(**TINY))
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(400):
+    layers = {f"model.layers.{name}": module for name, module in model.model.layers.named_modules()
+              if isinstance(module, torch.nn.Linear)}  # fmt: skip
+    recorder = GradientRecorder(layers, q=8, seed=seed)
+    fixed = valid[torch.randint(len(valid) - 64, (32, 1), generator=generator) + torch.arange(64)]
+    for step in range(401):
+        if step % 100 == 0:
+            model.zero_grad()
+            model(fixed, labels=fixed).loss.backward()
+            recorder.snapshot()
+        if step == 400:
+            break
         starts = torch.randint(len(valid) - 64, (32, 1), generator=generator)
         batch = valid[starts + torch.arange(64)]
         optimizer.zero_grad()
@@ -272,14 +291,13 @@ def trained_llama(request, wikitext):
         optimizer.step()
     model.eval()
     held_out = test[: 64 * 512].view(512, 64)
-    names = [name for name, module in model.model.layers.named_modules() if isinstance(module, torch.nn.Linear)]
-    weights = {f"model.layers.{name}.weight": model.model.layers.get_submodule(name).weight.detach() for name in names}
+    weights = {f"{name}.weight": module.weight.detach() for name, module in layers.items()}
 
     def loss(replaced):
         with torch.no_grad():
             return float(torch.func.functional_call(model, replaced, (held_out,), {"labels": held_out}).loss)
 
-    return weights, loss
+    return weights, loss, recorder.records
 
 
 def truncated(weights, ranks):
@@ -289,7 +307,7 @@ def truncated(weights, ranks):
 
 
 def test_equal_rank_reduction_costs_less_than_uniform(trained_llama):
-    weights, loss = trained_llama
+    weights, loss, _ = trained_llama
     dense, spectra = loss({}), [torch.linalg.svdvals(weight) for weight in weights.values()]
     shares = []
     for err in (0.5, 0.6, 0.7, 0.8):
@@ -304,7 +322,7 @@ def test_equal_rank_reduction_costs_less_than_uniform(trained_llama):
 
 
 def test_equal_parameters_cost_less_than_uniform(trained_llama):
-    weights, loss = trained_llama
+    weights, loss, _ = trained_llama
     dense, spectra = loss({}), [torch.linalg.svdvals(weight) for weight in weights.values()]
     shapes = [tuple(weight.shape) for weight in weights.values()]
     shares = []
@@ -319,6 +337,78 @@ def test_equal_parameters_cost_less_than_uniform(trained_llama):
 
 
 # --- a real model ----------------------------------------------------------------------------------------------------
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def recorded(gradients, q=6):
+    """The record of one linear module that had these gradients (d_out, d_in)."""
+    module = torch.nn.Linear(gradients[0].shape[1], gradients[0].shape[0], bias=False)
+    recorder = GradientRecorder({"weight": module}, q=q)
+    for gradient in gradients:
+        module.weight.grad = gradient.float()
+        recorder.snapshot()
+    return recorder.records["weight"]
+
+
+def test_overlap_finds_a_planted_subspace_and_nothing_in_noise():
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    left, right = torch.linalg.qr(normal(96, 6))[0], torch.linalg.qr(normal(64, 6))[0]
+    planted = recorded([left @ normal(6, 6) @ right.T + 0.05 * normal(96, 64) / 8 for _ in range(6)])
+    noise = recorded([normal(96, 64) for _ in range(6)])
+    for record, expected, within in ((planted, 1.0, 0.03), (noise, 6 / 96, 0.03)):
+        overlaps = [subspace_overlap(a, b) for a, b in itertools.pairwise(record.bases)]
+        assert np.mean(overlaps) == pytest.approx(expected, abs=within)
+    assert planted.cumulative_ranks[-1] <= 6 < noise.cumulative_ranks[-1]
+    assert abs(late_cosine(noise)) < 0.1
+
+
+def test_recorded_cosines_and_ranks_are_those_of_the_gradients():
+    generator = torch.Generator().manual_seed(1)
+    first = torch.randn(40, 30, generator=generator, dtype=torch.float64)
+    gradients = [first + 0.7 * torch.randn(40, 30, generator=generator, dtype=torch.float64) for _ in range(4)]
+    record = recorded(gradients)
+    flat = np.stack([g.float().flatten().numpy() for g in gradients[2:]])
+    assert late_cosine(record) == pytest.approx(np.corrcoef(flat)[0, 1], abs=0.06)
+    values = np.linalg.svd(gradients[0].numpy(), compute_uv=False)
+    np.testing.assert_allclose(record.spectra[0], values / values[0], atol=1e-6)
+    share = np.cumsum(values**2) / np.sum(values**2)
+    assert energy_rank(record.spectra[0]) == np.searchsorted(share, 0.9) + 1
+
+
+def test_gradients_settle_as_a_model_trains(trained_llama):
+    """Neighbouring snapshots share more of their subspace late than early, in every role, and more than by chance."""
+    weights, _, records = trained_llama
+    ranks = retained_ranks({name.removesuffix(".weight"): weight for name, weight in weights.items()}, 0.5)
+    report = stability_report(records, ranks, {name: name.rpartition(".")[2] for name in records})
+    early, late, chance = (report.column(name) for name in ("overlap, early", "late", "by chance"))
+    assert all(b > a > c for a, b, c in zip(early, late, chance, strict=True))
+    own = [late_cosine(record) for record in records.values()]
+    expected = scipy.stats.spearmanr(own, list(ranks.values())).statistic
+    assert f"{expected:.2f}" in report.findings[-1]
+
+
+def test_stability_refuses_what_it_cannot_record():
+    module = torch.nn.Linear(4, 3)
+    recorder = GradientRecorder({"a": module}, q=2)
+    with pytest.raises(RunError, match="a: no gradient"):
+        recorder.snapshot()
+    module.weight.grad = torch.full((3, 4), torch.nan)
+    with pytest.raises(RunError, match="a: its gradient is not finite"):
+        recorder.snapshot()
+    with pytest.raises(InputError, match="needs modules"):
+        GradientRecorder({})
+    with pytest.raises(InputError, match="at least three snapshots"):
+        stability_report(recorder.records, {"a": 2})
+    with pytest.raises(InputError, match="of the same matrices"):
+        stability_report(recorder.records, {"b": 2})
+    with pytest.raises(InputError, match="one shape"):
+        subspace_overlap(torch.eye(3)[:, :2], torch.eye(3)[:, :1])
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,222 @@
+"""How do the backends' costs grow, next to the obvious baseline; and which sampler keeps a model's perplexity?
+
+    python benchmarks/backends.py [--only volume ...]          time against size
+    python benchmarks/backends.py --samplers --data FOLDER     perplexity of svd_llm at 30 % on sampled rows
+
+Times are medians of five runs in milliseconds, one table a backend, with the exponent of the last doubling and, where
+the cost is a matrix product's, the share of the machine's measured GEMM rate (float64). FOLDER holds WikiText-2 as
+`wikitext-2/valid.txt` and `test.txt`. Setting of the perplexities: SmolLM2-135M-Instruct, float32, calibrated on the
+first 64 x 512 tokens of the validation text, of which a sampler keeps a quarter or a sixteenth of the rows of each
+input; the first 16 x 1,024 tokens of the test text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from llmcompress.backends.regression.block_coordinate import GramLeastSquares, solve_gram
+from llmcompress.backends.regression.conjugate_direction import cg, dcdm, fit_gram_direction
+from llmcompress.backends.regression.kronecker_sbl import KroneckerSBL, classic_sbl, kron_matvec
+from llmcompress.backends.regression.linf_regression import SketchedLeastSquares
+from llmcompress.backends.regression.sparse_regression import free_columns, precondition
+from llmcompress.backends.sampling.sensitivity_sampling import leverage_scores, lewis_weights
+from llmcompress.backends.sampling.volume_sampling import leading_basis, repeated_dpp
+from llmcompress.backends.streaming.streaming_eigenvector import StreamingTopEigenvector
+
+ROWS = 32768  # of setting R's calibration
+Case = tuple[Callable[[], Any], Callable[[], Any], float]  # ours, the baseline, our FLOPs
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=generator())
+
+
+def median_ms(run: Callable[[], Any], repeats: int = 5) -> float:
+    run()
+    spent = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        spent.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(spent)
+
+
+def gemm_rate() -> float:
+    a = randn(1024, 1024)
+    return 2 * 1024**3 / (median_ms(lambda: a @ a) * 1e-3)
+
+
+def sensitivity(n: int) -> Case:
+    X = randn(n, 64)
+    return lambda: lewis_weights(X, 4, tol=1e-4), lambda: torch.linalg.svd(X, full_matrices=False), 12 * 3 * n * 64**2
+
+
+def leverage(n: int) -> Case:
+    X = randn(n, 64)
+    return lambda: leverage_scores(X, "sketch", generator()), lambda: leverage_scores(X), 2 * n * 64 * 256
+
+
+def volume(n: int) -> Case:
+    Q = leading_basis(randn(n, 32), None)
+    return lambda: repeated_dpp(Q, 128, generator()), lambda: leverage_scores(Q), 2 * n * 32 * 128
+
+
+def top_eigenvector(d: int) -> Case:
+    X = randn(8192, d)
+    one_pass = lambda: StreamingTopEigenvector(n_rows=8192).partial_fit(X).finalize()  # noqa: E731
+    return one_pass, lambda: torch.linalg.eigh(X.T @ X), 4 * 8192 * d
+
+
+def linf_sketch(n: int) -> Case:
+    X, Y = randn(n, 64), randn(n, 64)
+    sketched = lambda: SketchedLeastSquares(n_rows=1024, random_state=0).fit(X, Y)  # noqa: E731
+    return sketched, lambda: torch.linalg.lstsq(X, Y), n * 128 * math.log2(n) + 4 * 1024 * 64**2
+
+
+def conjugate_direction(d: int) -> Case:
+    X = randn(4 * d, d) * torch.linspace(1, 0.02, d)
+    G, b = X.T @ X, randn(d, 16)
+    net = fit_gram_direction(G, 32)
+    steps = int(dcdm(G, b, net, max_iter=1000).n_iter.max())
+    solve = lambda: dcdm(G, b, net, max_iter=1000)  # noqa: E731
+    cholesky = lambda: torch.cholesky_solve(b, torch.linalg.cholesky(G))  # noqa: E731
+    return solve, cholesky, steps * 4 * 16 * d * d
+
+
+def conjugate_gradients(d: int) -> Case:
+    X = randn(4 * d, d) * torch.linspace(1, 0.02, d)
+    G, b = X.T @ X, randn(d, 16)
+    net = fit_gram_direction(G, 32)
+    return lambda: dcdm(G, b, net, max_iter=1000), lambda: cg(G, b), 0.0
+
+
+def block_coordinate(d: int) -> Case:
+    X, C = randn(4 * d, d), randn(d, 64)
+    G = X.T @ X
+    blocks = lambda: solve_gram(GramLeastSquares(G, C), max_iter=20, tol=1e-12)  # noqa: E731
+    return blocks, lambda: torch.linalg.solve(G, C), 20 * 64 * (2 * d * 32 + 32**3 / 3)
+
+
+def random_support(d: int) -> Case:
+    X = randn(512, d)
+    free = free_columns(d, 4, 0.2, generator())
+    return lambda: precondition(X, free), lambda: torch.linalg.svd(X, full_matrices=False), 8 * 512 * 60 * d
+
+
+def kronecker_sbl(n: int) -> Case:
+    mats = [randn(n * 3 // 5, n) for _ in range(2)]
+    y = kron_matvec(mats, randn(n * n))
+    H = torch.kron(*mats)
+    fit = lambda: KroneckerSBL("svd", 0.1, max_iter=10, tol=0.0).fit(mats, y)  # noqa: E731
+    return fit, lambda: classic_sbl(H, y, 0.1, 10), 10 * 30 * (n * 3 // 5) ** 3
+
+
+#: name -> (case, sizes, what is compared with)
+CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
+    "sensitivity": (sensitivity, [4096, 8192, 16384, 32768], "full SVD"),
+    "leverage, sketched": (leverage, [4096, 8192, 16384, 32768], "exact leverage"),
+    "volume": (volume, [4096, 8192, 16384, 32768], "leverage scores"),
+    "top_eigenvector": (top_eigenvector, [128, 256, 512, 1024], "Gram and eigh"),
+    "linf_sketch": (linf_sketch, [8192, 16384, 32768, 65536], "lstsq"),
+    "conjugate_direction": (conjugate_direction, [128, 256, 512], "Cholesky"),
+    "conjugate_direction, against CG": (conjugate_gradients, [128, 256, 512], "CG"),
+    "block_coordinate": (block_coordinate, [128, 256, 512, 1024], "exact solve"),
+    "random_support": (random_support, [512, 1024, 2048, 4096], "full SVD"),
+    "kronecker_sbl": (kronecker_sbl, [10, 20, 30], "SBL without structure"),
+}
+
+
+def growth(only: list[str]) -> Table:
+    peak = gemm_rate()
+    table = Table(title=f"{torch.get_num_threads()} threads, GEMM {peak / 1e9:.1f} GFLOP/s, torch {torch.__version__}")
+    for column in ("backend", "size", "ms", "exponent", "of GEMM", "baseline", "ms ", "ratio"):
+        table.add_column(column, justify="left" if column in ("backend", "baseline") else "right")
+    for name, (case, sizes, against) in CASES.items():
+        if only and name.partition(",")[0] not in only:
+            continue
+        before = None
+        for size in sizes:
+            ours, theirs, flops = case(size)
+            spent, other = median_ms(ours), median_ms(theirs)
+            exponent = "" if before is None else f"{math.log2(spent / before):.2f}"
+            share = f"{flops / (spent * 1e-3) / peak:.0%}" if flops else ""
+            table.add_row(name, f"{size:,}", f"{spent:.2f}", exponent, share, against, f"{other:.2f}",
+                          f"{other / spent:.2f}x")  # fmt: skip
+            before = spent
+    return table
+
+
+SAMPLERS: dict[str, dict[str, Any] | None] = {
+    "all rows": None,
+    "uniform": {"name": "uniform"},
+    "sensitivity, leverage": {"name": "sensitivity", "score": "leverage"},
+    "sensitivity, Lewis, p = 4, rank 64": {"name": "sensitivity", "score": "lewis", "p": 4, "rank": 64},
+    "volume, repeated DPP, rank 64": {"name": "volume", "rank": 64},
+}
+
+
+def samplers(data: Path, only: list[str], console: Console) -> Table:
+    from llmcompress_eval.perplexity import perplexity, windows
+
+    import llmcompress
+    from llmcompress.calibration.text import pack, read_documents, tokenize
+    from llmcompress.models.load import load_model, load_tokenizer, locate
+
+    location = locate("builtin:smollm2-135m-instruct")
+    tokenizer = load_tokenizer(location)
+    valid, test = (
+        tokenize(tokenizer, read_documents(str(data / "wikitext-2" / f"{split}.txt"), "evaluation"))
+        for split in ("valid", "test")
+    )
+    tokens, held_out = pack(valid, 64, 512, "valid"), windows(test, 1024, 16)
+    table = Table(title="svd_llm, 30 % removed: perplexity by the calibration rows kept")
+    for column in ("sampler", "1/4", "1/16"):
+        table.add_column(column, justify="left" if column == "sampler" else "right")
+    for label, sampler in SAMPLERS.items():
+        if only and label.partition(",")[0] not in only:
+            continue
+        row = []
+        for share in (4, 16):
+            if sampler is None and row:
+                row.append(row[0])
+                continue
+            model = load_model(location)
+            given = sampler and {**sampler, "n_samples": ROWS // share}
+            llmcompress.compress(model, tokens=tokens, ratio=0.3, calibration={"sampler": given})
+            row.append(f"{perplexity(model, held_out).perplexity:.2f}")
+            console.print(label, f"1/{share}", row[-1])
+        table.add_row(label, *row)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], help="names of backends (or samplers), up to a comma")
+    parser.add_argument("--samplers", action="store_true", help="the table of perplexities instead")
+    parser.add_argument("--data", type=Path, help="folder of WikiText-2, for --samplers")
+    arguments = parser.parse_args()
+    console = Console()
+    if arguments.samplers:
+        if arguments.data is None:
+            parser.error("--samplers needs --data")
+        console.print(samplers(arguments.data, arguments.only, console))
+    else:
+        console.print(growth(arguments.only))
+
+
+if __name__ == "__main__":
+    main()

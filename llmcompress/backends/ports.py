@@ -1,0 +1,158 @@
+"""Where a backend plugs into the pipeline: one small protocol a port.
+
+A catalogue entry of kind "backend" names a class with a pydantic `Options`, built as `cls(cls.Options(...))`, that
+offers the method of its entry's port; any of them may offer `analyze` too. Tensors come and go on the caller's device;
+everything random is drawn from the generator that is passed in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.backends.report import Report
+from llmcompress.errors import InputError
+from llmcompress.types import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PORTS = ("sampler", "solver", "sparse coder", "recovery", "stream", "curvature", "grouping", "layer", "analysis")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows that stand for all: indices (m,) int64, repeats allowed; weights (m,) float64, positive.
+
+    sum of weights[j] * x[indices[j]] x[indices[j]]ᵀ estimates the Gram of all rows. notes: findings, one line each.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """x (d, k) of a least-squares problem. notes: remedies and findings, one line each."""
+
+    x: Tensor
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Sparse codes: indices (m, s) int64, ascending and distinct; values (m, s); over dictionary (d, k).
+
+    dictionary is the one given unless the coder is bound to a structured one of its own.
+    """
+
+    dictionary: Tensor
+    indices: Tensor
+    values: Tensor
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Subject:
+    """What an analysis looks at: a few sites of a model and what they see on some text.
+
+    inputs[site] (n, d_in) and weights[site] (d_out, d_in) float32; residual[block] (n, d_model) float32, the hidden
+    states that leave a block. The rows are the same tokens everywhere, in the order of the text. model, tokens: only
+    for an analysis that trains.
+    """
+
+    sites: list[Site]
+    inputs: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    residual: dict[int, Tensor]
+    seed: int = 0
+    model: PreTrainedModel | None = None
+    tokens: Tensor | None = None
+
+    def trainable(self) -> tuple[PreTrainedModel, Tensor]:
+        """The whole model in memory, and the tokens (sequences, length); for backends that set `trains`."""
+        if self.model is None or self.tokens is None:
+            raise InputError("this analysis trains the model, which has to be in memory as a whole")
+        return self.model, self.tokens
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator(device=next(iter(self.inputs.values())).device).manual_seed(self.seed)
+
+
+class Sampler(Protocol):
+    """Chooses calibration rows."""
+
+    def sample(self, rows: Tensor, generator: torch.Generator) -> Sample:
+        """rows (n, d), float32 or float64."""
+
+
+class Solver(Protocol):
+    """Solves the least-squares problems of layer-wise reconstruction."""
+
+    def solve(self, design: Tensor, target: Tensor, generator: torch.Generator) -> Solution:
+        """min ||design x - target||_F: design (n, d) of full column rank, target (n, k), float64."""
+
+
+class SparseCoder(Protocol):
+    """Codes signals over a dictionary."""
+
+    def code(self, dictionary: Tensor, signals: Tensor, nonzeros: int, generator: torch.Generator) -> Codes:
+        """At most `nonzeros` atoms a signal: dictionary (d, k) of unit atoms, signals (d, m)."""
+
+
+class Recovery(Protocol):
+    """Rank-r factors from full, partial or corrupted entries."""
+
+    def recover(
+        self, entries: Tensor, observed: Tensor | None, rank: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """A (m, r), B (r, n) with A B ≈ entries (m, n) where `observed` (m, n) is true (everywhere if None)."""
+
+
+class Stream(Protocol):
+    """Summarises rows that are seen once. A new object for each stream."""
+
+    def start(self, rows: int, d: int, generator: torch.Generator) -> None:
+        """Before the first row: how many will come, and their length."""
+
+    def update(self, rows: Tensor) -> None:
+        """The next rows (b, d)."""
+
+    def finish(self) -> list[str]:
+        """After the last row: findings, one line each."""
+
+
+class Curvature(Protocol):
+    """Products with an inverse Hessian or Fisher matrix estimated from gradients."""
+
+    def fit(self, gradients: Tensor) -> None:
+        """gradients (m, d), one a sequence."""
+
+    def inverse_product(self, vector: Tensor) -> Tensor:
+        """H⁻¹ v for v (d,) or (d, k)."""
+
+
+class Grouping(Protocol):
+    """Clusters of layers, heads or neurons."""
+
+    def groups(self, features: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Labels (n,) int64 in 0..count-1 of features (n, d)."""
+
+
+class Layer(Protocol):
+    """Turns a module of a model into another one."""
+
+    def convert(self, module: nn.Module, generator: torch.Generator) -> nn.Module:
+        """The module that replaces it, with the same inputs and outputs."""
+
+
+@runtime_checkable
+class Analysis(Protocol):
+    """Measures a model on data."""
+
+    def analyze(self, subject: Subject) -> Report:
+        """Numbers, tables and curves; what does not help an LLM is said in the findings."""

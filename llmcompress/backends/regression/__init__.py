@@ -1,0 +1,1 @@
+"""Least squares, symmetric positive definite systems and sparse codes."""
