@@ -61,7 +61,9 @@ class GradientRecorder:
         if not modules or q < 1 or sketch_dim < 1:
             raise InputError(f"needs modules, q and sketch_dim of at least 1; got {len(modules)}, {q}, {sketch_dim}")
         self.modules, self.q, self.sketch_dim, self.seed = dict(modules), q, sketch_dim, seed
-        self.records = {name: GradientRecord((len(module.weight), module.weight.shape[1])) for name, module in modules.items()}
+        self.records = {
+            name: GradientRecord((module.out_features, module.in_features)) for name, module in modules.items()
+        }
 
     def snapshot(self) -> None:
         """RunError naming the module whose weight has no gradient, or one that is not finite or zero."""
