@@ -161,7 +161,7 @@ class Finetune(Section):
         "lrc", description="what trains: the compressed sites' factors (lrc), all (full), adapters (lora), or nothing"
     )
     steps: int = Field(200, ge=1, description="optimiser steps")
-    lr: float = Field(5e-4, gt=0, description="peak learning rate; rises linearly, then falls to zero by a cosine")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate; rises linearly, then falls to zero by a cosine")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     optimizer: Optimizer = Field(
         default_factory=lambda: Optimizer(name="adamw"), description="an optimiser of the catalogue"
