@@ -182,7 +182,7 @@ def samplers(data: Path, only: list[str], console: Console) -> Table:
         tokenize(tokenizer, read_documents(str(data / "wikitext-2" / f"{split}.txt"), "evaluation"))
         for split in ("valid", "test")
     )
-    tokens, held_out = pack(valid, 64, 512, "valid"), windows(test, 1024, 16)
+    tokens, held_out = pack(valid, 64, 512, "valid"), windows(test, 1024, 16, "test")
     table = Table(title="svd_llm, 30 % removed: perplexity by the calibration rows kept")
     for column in ("sampler", "1/4", "1/16"):
         table.add_column(column, justify="left" if column == "sampler" else "right")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.calibration import text
@@ -64,7 +64,10 @@ def compress(
         check_plan(plan)
     tokens = _tokens(model, tokenizer, recipe) if tokens is None else tokens
     section = recipe.calibration
-    settings = Settings(section.batch_tokens, section.backward_samples, section.targets, seed, recipe.block_recovery)
+    settings = Settings(
+        section.batch_tokens, section.backward_samples, section.targets, seed,
+        recipe.block_recovery, section.build_sampler(), section.stream_factory(),
+    )  # fmt: skip
     store = MemoryStore()
     training = model.training
     model.eval()
@@ -99,12 +102,13 @@ def finetune_model(
     """
     section = parse_section(Finetune, {"length": tokens.shape[1], **options}, "finetune_model()")
     device, dtype = model.device, model.dtype
+    nn.Module.float(model)  # transformers' own refuses models of any quantizer, as a compressed one is
     with contextlib.nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
         training = train(
-            model.float(), tokens, section, Path(place) / "training",
+            model, tokens, section, Path(place) / "training",
             teacher=teacher, seed=seed, device=device.type, progress=progress,
         )  # fmt: skip
-    model.to(device=device, dtype=dtype)
+    nn.Module.to(model, device=device, dtype=dtype)
     if structured_layers(model):
         attach(model)
     return training

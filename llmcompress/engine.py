@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -52,6 +52,8 @@ class Settings:
     targets: str = "labels"
     seed: int = 0
     recovery: BlockRecovery | None = None
+    sampler: Any = None  # a backend that chooses calibration rows, and a maker of one that summarises each input's
+    stream: Callable[[], Any] | None = None
 
 
 @dataclass
@@ -163,7 +165,7 @@ class Engine:
         hidden = self._open(source)
         following = f"{target}/{index + 1:05d}"
         output = self.store.new_hidden(following, self._shape, self.runner.dtype)
-        collected = InputStatistics(sites, needs, self.runner.device)
+        collected = self._collector(sites, needs)
         read = sites if needs else []
         self._check_weights(sites)
         with (
@@ -175,6 +177,18 @@ class Engine:
                 output[rows] = self.runner.run_block(index, hidden[rows].to(self.runner.device)).to(output)
         check_finite(output, self.plan.structure.blocks[index])
         self.store.commit_hidden(following)
+        return self._collected(collected)
+
+    def _collector(self, sites: list[Site], needs: frozenset[str]) -> InputStatistics:
+        settings, rows = self.settings, self.tokens.numel()
+        if not needs:  # rows that nothing is summed of need no choice
+            return InputStatistics(sites, needs, self.runner.device)
+        return InputStatistics(sites, needs, self.runner.device, settings.sampler, settings.stream, rows, settings.seed)
+
+    @staticmethod
+    def _collected(collected: InputStatistics) -> dict[str, Statistics]:
+        for note in collected.finish():
+            log.info("%s", note)
         return collected.sums
 
     def _put_statistics(self, key: str, statistics: dict[str, Statistics]) -> None:
@@ -320,7 +334,7 @@ class Engine:
             return None if self.plan.two_passes else found
         self._check_weights(sites)
         own = self._open(self._propagated(index))
-        collected = InputStatistics(sites, needs, self.runner.device)
+        collected = self._collector(sites, needs)
         crossed = "cross" in needs
         both = crossed or self.settings.recovery is not None
         output = self.store.new_hidden(f"hidden/{index + 1:05d}", self._shape, self.runner.dtype) if both else None
@@ -334,7 +348,7 @@ class Engine:
                     self.runner.run_block(index, own[rows].to(self.runner.device))
         if both:
             self.store.commit_hidden(f"hidden/{index + 1:05d}")
-        return collected.sums
+        return self._collected(collected)
 
     def _propagated(self, index: int) -> str:
         return f"propagated/{index:05d}" if index else "hidden/00000"

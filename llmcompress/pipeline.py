@@ -115,7 +115,7 @@ class Pipeline:
         calibration = self.recipe.calibration
         settings = Settings(
             calibration.batch_tokens, calibration.backward_samples, calibration.targets, self.recipe.seed,
-            self.recipe.block_recovery,
+            self.recipe.block_recovery, calibration.build_sampler(), calibration.stream_factory(),
         )  # fmt: skip
         with self._timed("compress"):
             results = Engine(runner, plan, tokens, store, settings, self.progress).run()

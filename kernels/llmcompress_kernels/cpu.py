@@ -52,7 +52,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight (d_in, n) in float32 for x (..., d_in) or (rows, >= d_in): (rows, n, zeros to a multiple of 8)."""
     x = _float_rows(x)
     d_in, n = weight.shape
-    rows, stride = (len(x), x.stride(0)) if x.ndim == 2 else (x.numel() // d_in, d_in)
+    rows, stride = (x.shape[0], x.stride(0)) if x.ndim == 2 else (x.numel() // d_in, d_in)
     sums = torch.empty(rows, n + -n % 8)
     _product(x, rows, stride, weight, sums, 0, 0, 0, 0, 0)
     return sums
@@ -61,7 +61,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 def low_rank_expand(z: Tensor, B: Tensor, places: Tensor, offset: int) -> Tensor:
     """cat(z[:, offset : offset + p], z B) in float32, column j at places[j]; p = len(places) - n, z (rows, >= r)."""
     z = _float_rows(z)
-    rows, n, d_out = len(z), B.shape[1], len(places)
+    rows, n, d_out = z.shape[0], B.shape[1], places.shape[0]
     sums, out = torch.empty(rows, n + -n % 8), torch.empty(rows, d_out)
     _product(z, rows, z.stride(0), B, sums, places.data_ptr(), d_out - n, offset, out.data_ptr(), d_out)
     return out

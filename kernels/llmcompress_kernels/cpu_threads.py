@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-#: below so many bytes read a thread, waking another costs more than it saves
-BYTES_A_THREAD = 1 << 17
+#: below so many bytes a thread, waking another costs more than it saves; one whose core is taken is waited for besides
+BYTES_A_THREAD = 1 << 20
 
 _Signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _Block = ctypes.c_int64 * 16

@@ -109,7 +109,8 @@ def low_rank_forward(
     else:
         z = traced_product(x, A, path)
         y = traced_product(z, B, path) if places is None else low_rank_expand(z, B, places, offset)
-    y = y.view(*x.shape[:-1], y.shape[1])
+    if x.ndim != 2:
+        y = y.view(x.shape[:-1] + y.shape[1:])
     return y if bias is None else y + bias
 
 

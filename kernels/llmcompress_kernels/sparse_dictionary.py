@@ -103,7 +103,8 @@ def sparse_dictionary_forward(
     else:
         z = shared_product(x, dictionary, path)[:, : dictionary.shape[1]]
         y = sparse_expand(z.to(x.dtype), mask, values)
-    y = y.view(*x.shape[:-1], len(values))
+    if x.ndim != 2:
+        y = y.view(x.shape[:-1] + y.shape[1:])
     return y if bias is None else y + bias
 
 

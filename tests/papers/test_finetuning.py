@@ -153,66 +153,49 @@ def test_a_model_without_low_rank_components_is_refused(random_llama):
 # --- the card's criteria ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(wikitext):
-    """A small Llama trained on bytes, sequences to fine-tune on, and the loss on held-out text."""
-    valid, test = (torch.tensor(list(wikitext[split].encode()), dtype=torch.long) for split in ("valid", "test"))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**TINY))
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(400):
-        starts = torch.randint(len(valid) - 64, (32, 1), generator=generator)
-        batch = valid[starts + torch.arange(64)]
+def train_by_hand(model, text, steps, lr, seed):
+    """AdamW on random windows of 64 bytes, 32 at a time, on what requires gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW([parameter for _, parameter in trainable(model)], lr, weight_decay=0)
+    for _ in range(steps):
+        batch = text[torch.randint(len(text) - 64, (32, 1), generator=generator) + torch.arange(64)]
         optimizer.zero_grad()
-        model(batch, labels=batch).loss.backward()
+        next_token_loss(model(batch).logits, batch).backward()
         optimizer.step()
-    held_out = test[: 64 * 256].view(256, 64)
+    return model
+
+
+@pytest.mark.slow
+def test_lrc_recovers_most_of_what_full_fine_tuning_does(wikitext):
+    """ERR 0.6, plain SVD, 60 steps, against all linear maps and against those that stayed dense (N-LRC)."""
+    valid, test = (torch.tensor(list(wikitext[split].encode()), dtype=torch.long) for split in ("valid", "test"))
+    held_out = test[: 64 * 512].view(512, 64)
 
     def loss(model):
         with torch.no_grad():
-            return float(model(held_out, labels=held_out).loss)
+            return float(next_token_loss(model(held_out).logits, held_out))
 
-    return model.eval(), valid[: len(valid) // 64 * 64].view(-1, 64), loss
-
-
-def test_lrc_recovers_most_of_what_full_fine_tuning_does(trained, tmp_path):
-    """ERR 0.6, plain SVD, 60 steps, against all linear maps and against those that stayed dense (N-LRC)."""
-    dense, tokens, loss = trained
-    start = half_low_rank(copy.deepcopy(dense))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = LlamaForCausalLM(LlamaConfig(**TINY))
+    start = half_low_rank(train_by_hand(dense, valid, 400, 3e-3, 0))
+    linear = {name for name, _ in start.named_modules() if name.endswith("_proj")}
     low_rank = structured_layers(start)
-    linear = [name for name, module in start.named_modules() if "_proj" in name]
     assert 0 < len(low_rank) < len(linear) == 28, "some are factorised, some are not"
-    lrc = copy.deepcopy(start)
-    training = train(lrc, tokens, Finetune(**SETTING, steps=60), tmp_path / "lrc")
-    assert training.trained_values == sum(layer.num_parameters for layer in low_rank.values())
-    found = {
-        "lrc": loss(lrc),
-        "full": loss(train_by_hand(copy.deepcopy(start), linear, tokens, 60)),
-        "n-lrc": loss(train_by_hand(copy.deepcopy(start), set(linear) - set(low_rank), tokens, 60)),
-    }
+    found = {}
+    for name, modules in {"full": linear, "n-lrc": linear - set(low_rank), "lrc": None}.items():
+        model = copy.deepcopy(start)
+        freeze_to_lrc(model)
+        if modules is not None:
+            model.requires_grad_(False)
+            for module in modules:
+                model.get_submodule(module).requires_grad_(True)
+        found[name] = loss(train_by_hand(model, valid, 60, 1e-3, 1))
     before = loss(start)
     recovered = (before - found["lrc"]) / (before - found["full"])
     print(f"before {before:.3f}, {found}, recovered {recovered:.2f}, low-rank components {len(low_rank)}")
     assert recovered >= 0.7
     assert found["lrc"] <= found["n-lrc"] + 0.003
-
-
-def train_by_hand(model, names, tokens, steps):
-    """The same schedule on the modules of these names, without the Trainer."""
-    model.requires_grad_(False)
-    for name in names:
-        model.get_submodule(name).requires_grad_(True)
-    optimizer = torch.optim.AdamW([parameter for _, parameter in trainable(model)], lr=1e-3, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
-    for chosen in order[: 32 * steps].split(32):
-        optimizer.zero_grad()
-        next_token_loss(model(tokens[chosen]).logits, tokens[chosen]).backward()
-        optimizer.step()
-        schedule.step()
-    return model
 
 
 def half_low_rank(model, err=0.6):

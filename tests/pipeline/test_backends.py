@@ -1,5 +1,6 @@
 """Backends at their ports: samplers and streams in calibration, solvers and coders in methods, analyses of a model."""
 
+import importlib.util
 import json
 import logging
 import subprocess
@@ -13,6 +14,7 @@ from llmcompress import InputError, Recipe, catalog
 from llmcompress.analyze import analyze_model, build_analysis, gather, parse_options
 from llmcompress.backends.choice import Backend
 from llmcompress.backends.ports import PORTS, Analysis
+from llmcompress.backends.report import Curve, Report
 from llmcompress.calibration.collect import InputStatistics
 from llmcompress.calibration.text import pack, tokenize
 from llmcompress.compressors.svd_llm import refit_by, refit_output_factor
@@ -380,6 +382,16 @@ def test_options_are_yaml():
     }
     with pytest.raises(InputError, match="expected KEY=VALUE"):
         parse_options(["rank"])
+
+
+def test_curves_are_drawn_where_matplotlib_is_installed(tmp_path):
+    found = Report("title", ["a"], [[1]], curves=[Curve("one", [0, 1], [1.0, 0.1])], x_label="x", y_label="y")
+    if importlib.util.find_spec("matplotlib") is None:
+        with pytest.raises(InputError, match=r"needs matplotlib: pip install 'llmcompress\[report\]'"):
+            found.save_plot(tmp_path / "plot.svg")
+    else:
+        found.save_plot(tmp_path / "plot.svg")
+        assert "one" in (tmp_path / "plot.svg").read_text()
 
 
 def test_a_report_without_curves_has_no_plot(tmp_path, folder, text):

@@ -36,7 +36,7 @@ def test_every_entry_loads_to_what_its_kind_promises(entry):
 def test_names_are_unique_and_of_known_kinds():
     keys = [(entry.kind, entry.port, entry.name) for entry in ENTRIES]
     assert len(set(keys)) == len(keys)
-    assert {entry.kind for entry in ENTRIES} <= {"compressor", "allocation", "layer", "backend"}
+    assert {entry.kind for entry in ENTRIES} <= {"compressor", "allocation", "optimizer", "layer", "backend"}
     assert catalog.names("compressor") == [entry.name for entry in ENTRIES if entry.kind == "compressor"]
 
 
@@ -80,7 +80,7 @@ def test_a_plugin_joins_the_catalogue(install_plugin, attribute, number):
     assert catalog.names("compressor")[-1] == "mine"
     recipe = Recipe.parse({"model": "m", "output": "o", "compress": [{"method": "mine", "share": "input"}]})
     assert type(recipe.compress[0].build()).__name__ == "Mine"
-    assert catalog.names("backend", "sampler")[-1:] == (["round_robin"] if number == 2 else [])
+    assert ("round_robin" in catalog.names("backend", "sampler")) == (number == 2)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ EXACT, APPROXIMATE = (1e-15, 0.6), (1e-8, 0.2)
 SMOOTH_P = 1.2  # below it the smoothed Newton steps stall and only a bracket is returned
 CORESET = 100  # rows a unit of rank that stand for the norm
 GAP = 1e-7
-ENTRIES = 1 << 20  # (chunk of rows) x (rows of the norm) worked on at a time
+ENTRIES = 1 << 17  # (chunk of rows) x (rows of the norm) worked on at a time
 
 
 def lp_sensitivities(X: Tensor, p: float, method: str = "exact") -> tuple[Tensor, Tensor]:
