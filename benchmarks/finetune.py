@@ -39,15 +39,15 @@ LENGTH = 512
 #: section of the recipe for each run; `of` is what is trained
 RECOVERY: dict[str, dict[str, Any]] = {
     "no training": {"of": "base", "steps": 0},
-    "lrc, kd": {"of": "base", "loss": "kd", "lr": 1e-3},
-    "lrc, ce": {"of": "base", "loss": "ce", "lr": 1e-3},
+    "lrc, kd": {"of": "base", "loss": "kd", "lr": 1e-4, "warmup": 0.2},
+    "lrc, ce": {"of": "base", "loss": "ce", "lr": 1e-4, "warmup": 0.2},
     "dense, no training": {"of": "dense", "steps": 0},
-    "dense, full, ce": {"of": "dense", "method": "full", "loss": "ce", "lr": 1e-4},
+    "dense, full, ce": {"of": "dense", "method": "full", "loss": "ce", "lr": 5e-5, "warmup": 0.2},
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "lrc": {"of": "base", "method": "lrc", "loss": "kd", "lr": 1e-3},
-    "full": {"of": "base", "method": "full", "loss": "kd", "lr": 3e-4},
-    "lora": {"of": "base", "method": "lora", "loss": "kd", "lr": 2e-3},
+    "lrc": {"of": "base", "method": "lrc", "loss": "kd", "lr": 1e-4, "warmup": 0.2},
+    "full": {"of": "base", "method": "full", "loss": "kd", "lr": 1e-4, "warmup": 0.2},
+    "lora": {"of": "base", "method": "lora", "loss": "kd", "lr": 1e-3, "warmup": 0.2},
 }
 BLOCKS: dict[str, dict[str, Any]] = {
     f"{method}{', propagate' if propagate else ''}": {"method": method, "propagate": propagate}
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds wikitext-2/")
     parser.add_argument("--base", required=True, help="a compressed checkpoint of the model")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--steps", type=int, default=36, help="of 512 tokens, in the table of losses")
+    parser.add_argument("--steps", type=int, default=30, help="of 512 tokens, in the table of losses")
     parser.add_argument("--compare-steps", type=int, default=30, help="of 512 tokens, in the table of methods")
     parser.add_argument("--fit-steps", type=int, default=16, help="a block, of 4,096 tokens")
     parser.add_argument("--fit-lr", type=float, default=1e-3)

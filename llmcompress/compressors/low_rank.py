@@ -314,7 +314,7 @@ class LowRankCompressor(ABC):
             layers = build_layers(problem, pivot(refined) if self.options.pivot else refined)
         one_input = len({site.input for site in problem.sites}) == 1
         known = space.measures_output and one_input and refined is factors
-        notes = [f"{problem.name}: {factors.repair}"] if factors.repair else []
+        notes = [f"{problem.name}: {refined.repair}"] if refined.repair else []
         return Compressed(list(layers), notes, _relative_tail(factors.singular_values, rank) if known else None)
 
 
