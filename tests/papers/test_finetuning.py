@@ -79,7 +79,7 @@ def test_relative_errors_weigh_every_position_alike():
 def random_llama():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**{**TINY, "num_hidden_layers": 2})).eval()
+        return LlamaForCausalLM(LlamaConfig(**{**TINY, "num_hidden_layers": 2, "attention_bias": True})).eval()
 
 
 def compressed(model, **step):
@@ -99,10 +99,11 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("loss", ["ce", "kd"])
 def test_only_the_factors_change(random_llama, tmp_path, name, loss):
-    """Everything else is bit-identical: embeddings, head, norms, masks, the dense site; and the loss falls."""
+    """Everything else is bit-identical: embeddings, head, norms, biases, masks, the dense site; and the loss falls."""
     model = compressed(random_llama, **STEPS[name], targets=["q", "k", "v", "gate", "up", "down"])
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    factors = {f"{site}.{key}" for site, layer in structured_layers(model).items() for key in layer.state_dict()}
+    states = {site: layer.state_dict() for site, layer in structured_layers(model).items()}
+    factors = {f"{site}.{key}" for site, state in states.items() for key in state if key != "bias"}
     masks = {key for key in factors if key.endswith(("mask", "pivots"))}
     tokens = torch.randint(256, (40, 16), generator=torch.Generator().manual_seed(2))
     section = Finetune(**{**SETTING, "loss": loss, "steps": 12, "length": 16, "batch": 40})
