@@ -36,18 +36,19 @@ from llmcompress.recipe import Finetune
 
 MODEL = "builtin:smollm2-135m-instruct"
 LENGTH = 512
+FIXED: dict[str, Any] = {"length": LENGTH, "batch": 1, "validation": 2, "warmup": 0.2}
 #: section of the recipe for each run; `of` is what is trained
 RECOVERY: dict[str, dict[str, Any]] = {
     "no training": {"of": "base", "steps": 0},
-    "lrc, kd": {"of": "base", "loss": "kd", "lr": 1e-4, "warmup": 0.2},
-    "lrc, ce": {"of": "base", "loss": "ce", "lr": 1e-4, "warmup": 0.2},
+    "lrc, ce": {"of": "base", "loss": "ce", "lr": 5e-5},
+    "lrc, kd": {"of": "base", "loss": "kd", "lr": 5e-5},
     "dense, no training": {"of": "dense", "steps": 0},
-    "dense, full, ce": {"of": "dense", "method": "full", "loss": "ce", "lr": 5e-5, "warmup": 0.2},
+    "dense, full, ce": {"of": "dense", "method": "full", "loss": "ce", "lr": 2e-5},
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "lrc": {"of": "base", "method": "lrc", "loss": "kd", "lr": 1e-4, "warmup": 0.2},
-    "full": {"of": "base", "method": "full", "loss": "kd", "lr": 1e-4, "warmup": 0.2},
-    "lora": {"of": "base", "method": "lora", "loss": "kd", "lr": 1e-3, "warmup": 0.2},
+    "lrc": {"of": "base", "method": "lrc", "loss": "ce", "lr": 5e-5},
+    "full": {"of": "base", "method": "full", "loss": "ce", "lr": 5e-5},
+    "lora": {"of": "base", "method": "lora", "loss": "ce", "lr": 5e-4},
 }
 BLOCKS: dict[str, dict[str, Any]] = {
     f"{method}{', propagate' if propagate else ''}": {"method": method, "propagate": propagate}
@@ -80,7 +81,7 @@ def measure_training(data: Path, base: str, run: dict[str, Any]) -> dict[str, An
     student = load_model(locate(base if section.pop("of") == "base" else MODEL), torch.float32)
     if not section["steps"]:
         return {"cpu_seconds": 0.0, "trained": 0, "optimizer_bytes": 0, **setting.perplexities(student)}
-    whole = Finetune(**{"length": LENGTH, "batch": 1, "validation": 2, "evaluate_every": section["steps"], **section})
+    whole = Finetune(**{**FIXED, "evaluate_every": section["steps"], **section})
     teacher = load_model(locate(MODEL)) if whole.loss == "kd" else None
     products = 3 * _flops(student) + (_flops(teacher) if teacher is not None else 0)
     rate = _product_rate()
@@ -210,7 +211,7 @@ def main() -> None:
     parser.add_argument("--base", required=True, help="a compressed checkpoint of the model")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--steps", type=int, default=30, help="of 512 tokens, in the table of losses")
-    parser.add_argument("--compare-steps", type=int, default=30, help="of 512 tokens, in the table of methods")
+    parser.add_argument("--compare-steps", type=int, default=16, help="of 512 tokens, in the table of methods")
     parser.add_argument("--fit-steps", type=int, default=16, help="a block, of 4,096 tokens")
     parser.add_argument("--fit-lr", type=float, default=1e-3)
     parser.add_argument("--results", type=Path, default=Path("finetune.jsonl"))
