@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class FinetuneTrainer(Trainer):
             raise RunError(f"step {self.state.global_step + 1}: the {what} is not finite; {rest}; lower finetune.lr")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Marked as complete once all of it is on the disk."""
+        """Marked as complete once all of it is on the disk; only then are older ones deleted, their marks first."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with disk_errors(folder):
             super()._save_checkpoint(model, trial)
@@ -114,6 +115,8 @@ class FinetuneTrainer(Trainer):
                     sync(path)
                 (folder / COMPLETE).touch()
                 sync(folder)
+                best = self.state.best_model_checkpoint
+                delete_checkpoints(folder.parent, {folder.name, Path(best).name if best else folder.name})
         self.accelerator.wait_for_everyone()
 
 
@@ -121,6 +124,15 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of the most steps."""
     found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def delete_checkpoints(folder: Path, kept: set[str]) -> None:
+    """Deletes all checkpoints in `folder` but those named; one that is deleted in part is never gone on with."""
+    for path in folder.glob("checkpoint-*"):
+        if path.name not in kept:
+            (path / COMPLETE).unlink(missing_ok=True)
+            sync(path)
+            shutil.rmtree(path)
 
 
 class ProgressCallback(TrainerCallback):
@@ -176,7 +188,6 @@ def training_arguments(section: Finetune, folder: Path, device: str, seed: int, 
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
         load_best_model_at_end=validated,
         metric_for_best_model="eval_loss" if validated else None,
         greater_is_better=False if validated else None,

@@ -76,6 +76,26 @@ def test_stopped_at_every_checkpoint_it_ends_in_the_same_bytes(inputs, undisturb
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "the work folder is gone"
 
 
+def test_stopped_while_old_checkpoints_are_deleted_it_ends_in_the_same_bytes(inputs, undisturbed, tmp_path, monkeypatch):
+    """Of the checkpoint that is being deleted the optimizer's state is gone, and nothing else."""
+    given = Recipe.parse(data(inputs, tmp_path / "out"))
+
+    def interrupted(path):
+        (path / "optimizer.pt").unlink()
+        raise Killed
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer_module.shutil, "rmtree", interrupted)
+            with pytest.raises(Killed):
+                llmcompress.apply(given)
+        (work,) = tmp_path.glob(".out.work-*")
+        assert (last_checkpoint(work / "training") / "optimizer.pt").is_file()
+    llmcompress.apply(given)
+    found = files(tmp_path / "out")
+    assert [name for name in undisturbed if found[name] != undisturbed[name]] == []
+
+
 def _apply(given):
     os.makedirs(os.path.dirname(given["output"]), exist_ok=True)
     llmcompress.apply(Recipe.parse(given))

@@ -276,7 +276,8 @@ def trained_llama(request, wikitext):
     layers = {f"model.layers.{name}": module for name, module in model.model.layers.named_modules()
               if isinstance(module, torch.nn.Linear)}  # fmt: skip
     recorder = GradientRecorder(layers, q=8, seed=seed)
-    fixed = valid[torch.randint(len(valid) - 64, (32, 1), generator=generator) + torch.arange(64)]
+    elsewhere = torch.Generator().manual_seed(seed + 2)
+    fixed = valid[torch.randint(len(valid) - 64, (32, 1), generator=elsewhere) + torch.arange(64)]
     for step in range(401):
         if step % 100 == 0:
             model.zero_grad()
