@@ -105,12 +105,16 @@ class FinetuneTrainer(Trainer):
             raise RunError(f"step {self.state.global_step + 1}: the {what} is not finite; {rest}; lower finetune.lr")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Marked as complete once all of it is on the disk; only then are older ones deleted, their marks first."""
+        """Marked as complete once all of it is on the disk; only then are older ones deleted, their marks first.
+
+        The one in which the training ends is not marked: gone on with, transformers would make one step more.
+        """
+        ended = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with disk_errors(folder):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if self.args.should_save:
+            if self.args.should_save and not ended:
                 for path in folder.rglob("*"):
                     sync(path)
                 (folder / COMPLETE).touch()
@@ -188,6 +192,7 @@ def training_arguments(section: Finetune, folder: Path, device: str, seed: int, 
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
+        restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=validated,
         metric_for_best_model="eval_loss" if validated else None,
         greater_is_better=False if validated else None,

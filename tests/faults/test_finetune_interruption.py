@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,17 +77,37 @@ def test_stopped_at_every_checkpoint_it_ends_in_the_same_bytes(inputs, undisturb
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "the work folder is gone"
 
 
-def test_stopped_while_old_checkpoints_are_deleted_it_ends_in_the_same_bytes(inputs, undisturbed, tmp_path, monkeypatch):
+def test_the_patience_goes_on_where_it_was(inputs, tmp_path, monkeypatch):
+    save = trainer_module.FinetuneTrainer._save_checkpoint
+
+    def interrupted(self, model, trial):
+        save(self, model, trial)
+        if self.state.global_step == 4:
+            raise Killed
+
+    llmcompress.apply(Recipe.parse(data(inputs, tmp_path / "undisturbed", patience=2)))
+    given = Recipe.parse(data(inputs, tmp_path / "out", patience=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.FinetuneTrainer, "_save_checkpoint", interrupted)
+        with pytest.raises(Killed):
+            llmcompress.apply(given)
+    llmcompress.apply(given)
+    found, expected = (json.loads(files(tmp_path / name)["metrics.json"]) for name in ("out", "undisturbed"))
+    assert found["finetune"] == expected["finetune"]
+    assert found["finetune"]["steps"] == 6
+
+
+def test_stopped_while_old_ones_are_deleted_it_ends_in_the_same_bytes(inputs, undisturbed, tmp_path, monkeypatch):
     """Of the checkpoint that is being deleted the optimizer's state is gone, and nothing else."""
     given = Recipe.parse(data(inputs, tmp_path / "out"))
 
     def interrupted(path):
-        (path / "optimizer.pt").unlink()
+        (path / "optimizer.pt").unlink(missing_ok=True)
         raise Killed
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(trainer_module.shutil, "rmtree", interrupted)
+            patch.setattr(trainer_module, "shutil", SimpleNamespace(rmtree=interrupted))
             with pytest.raises(Killed):
                 llmcompress.apply(given)
         (work,) = tmp_path.glob(".out.work-*")

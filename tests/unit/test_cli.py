@@ -281,12 +281,14 @@ def blocked(tmp_path):
 
 @pytest.fixture
 def interrupt():
-    """Sends an interrupt, as Ctrl-C does, after 0.3 s."""
+    """Sends an interrupt, as Ctrl-C does, after 0.3 s; also where the tests run in a shell's background."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
+    signal.signal(signal.SIGINT, handler)
 
 
 def test_an_interrupt_says_how_to_go_on(refused, blocked, interrupt):
