@@ -46,8 +46,8 @@ def refine(
     total = _loss(y, blocks)
     losses = [_loss(y - dictionary @ codes.T, blocks)]
     for _ in range(rounds):
-        dictionary, codes = _update_dictionary(y, dictionary, codes, blocks, losses[-1])
-        codes, support, loss = _update_codes(y, dictionary, codes, support, blocks, sparsity)
+        dictionary, codes, loss = _update_dictionary(y, dictionary, codes, blocks, losses[-1])
+        codes, support, loss = _update_codes(y, dictionary, codes, support, blocks, sparsity, loss)
         losses.append(loss)
         if losses[-2] - loss < tolerance * losses[-2]:
             break
@@ -68,29 +68,35 @@ def _loss(residual: Tensor, blocks: Sequence[Tensor]) -> float:
 
 def _update_dictionary(
     y: Tensor, dictionary: Tensor, codes: Tensor, blocks: Sequence[Tensor], loss: float
-) -> tuple[Tensor, Tensor]:
-    """The best dictionary for the codes, with unit atoms; as it was where rounding makes the loss rise."""
+) -> tuple[Tensor, Tensor, float]:
+    """The best dictionary for the codes, with unit atoms, and its loss; as it was where rounding makes that rise."""
     weighted = _weighted(blocks, codes)
     normal = (codes.T @ weighted).double()
     normal.diagonal().add_(RIDGE * normal.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(normal)
     if failed:
-        return dictionary, codes
+        return dictionary, codes, loss
     residual = y - dictionary @ codes.T
     change = torch.cholesky_solve((residual @ weighted).T.double(), lower).T
     moved = dictionary + change.to(y)
     length = moved.norm(dim=0)
-    if not bool((length > 0).all()) or not _loss(y - moved @ codes.T, blocks) < loss:
-        return dictionary, codes
-    return moved / length, codes * length
+    lowered = _loss(y - moved @ codes.T, blocks)
+    if not bool((length > 0).all()) or not lowered < loss:
+        return dictionary, codes, loss
+    return moved / length, codes * length, lowered
 
 
 def _update_codes(
-    y: Tensor, dictionary: Tensor, codes: Tensor, support: Tensor, blocks: Sequence[Tensor], sparsity: int
+    y: Tensor,
+    dictionary: Tensor,
+    codes: Tensor,
+    support: Tensor,
+    blocks: Sequence[Tensor],
+    sparsity: int,
+    before: float,
 ) -> tuple[Tensor, Tensor, float]:
     """Codes, support and loss after a gradient step on the supports and a refit, or after the refit alone."""
     gram, products = dictionary.T @ dictionary, y.T @ dictionary
-    before = _loss(y - dictionary @ codes.T, blocks)
     stepped = codes + _weighted(blocks, products - codes @ gram)
     moved = largest(stepped, sparsity)
     for start, allowed in ((stepped * moved, moved), (codes, support)):
