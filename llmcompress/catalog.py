@@ -77,6 +77,8 @@ _ENTRIES = (
           "2407.11239", "analysis", "analysis", summary="gradient subspaces and ranks while the model trains"),
     Entry("dual_smoothing", "backend", "llmcompress.backends.analysis.dual_smoothing:DualSmoothing", "2404.09586",
           "analysis", "analysis", summary="which decisions on a model's embeddings provably survive its compression"),
+    Entry("gp_pde", "backend", "llmcompress.backends.analysis.gp_pde:GPPDE", "2311.04465", "analysis", "analysis",
+          summary="spectral-mixture Gaussian processes: positional attention; equations of high frequency"),
     Entry("uniform", "backend", "llmcompress.backends.sampling.uniform:Uniform", "", "sampling", "sampler",
           summary="uniform rows without replacement; the baseline"),
     Entry("sensitivity", "backend", "llmcompress.backends.sampling.sensitivity_sampling:Sensitivity", "2306.00732",
