@@ -79,6 +79,8 @@ _ENTRIES = (
           "analysis", "analysis", summary="which decisions on a model's embeddings provably survive its compression"),
     Entry("gp_pde", "backend", "llmcompress.backends.analysis.gp_pde:GPPDE", "2311.04465", "analysis", "analysis",
           summary="spectral-mixture Gaussian processes: positional attention; equations of high frequency"),
+    Entry("singular_density", "backend", "llmcompress.backends.analysis.singular_density:SingularDensity",
+          "2105.04046", "analysis", "analysis", summary="density and dimension of activations by a deep model"),
     Entry("uniform", "backend", "llmcompress.backends.sampling.uniform:Uniform", "", "sampling", "sampler",
           summary="uniform rows without replacement; the baseline"),
     Entry("sensitivity", "backend", "llmcompress.backends.sampling.sensitivity_sampling:Sensitivity", "2306.00732",
