@@ -24,6 +24,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from llmcompress.backends.analysis.dual_smoothing import DualSmoothedClassifier, SmoothedClassifier, even_odd
+from llmcompress.backends.analysis.gp_pde import GPHM, fit_series
+from llmcompress.backends.analysis.singular_density import DeepDensity, fit_together
 from llmcompress.backends.regression.block_coordinate import GramLeastSquares, solve_gram
 from llmcompress.backends.regression.conjugate_direction import cg, dcdm, fit_gram_direction
 from llmcompress.backends.regression.kronecker_sbl import KroneckerSBL, classic_sbl, kron_matvec
@@ -125,6 +128,38 @@ def kronecker_sbl(n: int) -> Case:
     return fit, lambda: classic_sbl(H, y, 0.1, 10), 10 * 30 * (n * 3 // 5) ** 3
 
 
+def dual_smoothing(n: int) -> Case:
+    x = torch.randn(576, generator=generator())
+    heads = [torch.nn.Linear(d, 8).requires_grad_(False) for d in (288, 288, 576)]
+    dual = DualSmoothedClassifier(heads[0], heads[1], even_odd(576), 8, 1.0)
+    plain = SmoothedClassifier(heads[2], 8, 1.0)
+    return lambda: dual.certify(x, 100, n), lambda: plain.certify(x, 100, n), 0.0
+
+
+def gp_pde(n: int) -> Case:
+    axis = torch.linspace(0, 1, n, dtype=torch.float64)
+    mask = torch.ones(n, n, dtype=torch.bool)
+    mask[1:-1, 1:-1] = False
+    source, values = torch.zeros(n, n), torch.zeros(int(mask.sum()))
+    covariance = torch.eye(n * n, dtype=torch.float64) + 0.1 / n**2
+    fit = lambda: GPHM([axis, axis], "gm", 12, 4.0).fit("poisson", source, mask, values, "joint", 1)  # noqa: E731
+    return fit, lambda: torch.linalg.cholesky(covariance), 0.0
+
+
+def gp_series(m: int) -> Case:
+    values, seen = randn(4, 2 * m), torch.arange(2 * m) % 2 == 0
+    design, targets = randn(m, 48), values[:, seen].T
+    fit = lambda: fit_series(values, seen, "gm", steps=1, starts=(0.0,))  # noqa: E731
+    return fit, lambda: torch.linalg.lstsq(design, targets), 4 * 2 * m**3 / 3
+
+
+def singular_density(count: int) -> Case:
+    x = torch.randn(300, 10, generator=generator())
+    models = [DeepDensity(4, 10) for _ in range(count)]
+    together = lambda: fit_together(models, [x] * count, [0.1] * count, steps=20)  # noqa: E731
+    return together, lambda: [model.fit(x, 0.1, steps=20) for model in models], 0.0
+
+
 #: name -> (case, sizes, what is compared with)
 CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "sensitivity": (sensitivity, [4096, 8192, 16384, 32768], "full SVD"),
@@ -136,6 +171,10 @@ CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "conjugate_direction, against CG": (conjugate_gradients, [128, 256, 512], "CG"),
     "block_coordinate": (block_coordinate, [128, 256, 512, 1024], "exact solve"),
     "random_support": (random_support, [512, 1024, 2048, 4096], "full SVD"),
+    "dual_smoothing": (dual_smoothing, [1000, 2000, 4000, 8000], "whole inputs"),
+    "gp_pde": (gp_pde, [12, 24, 48], "Cholesky without structure"),
+    "gp_pde, series": (gp_series, [32, 64, 128, 256], "lstsq"),
+    "singular_density": (singular_density, [1, 2, 4, 8], "one by one"),
     "kronecker_sbl": (kronecker_sbl, [10, 20, 30], "SBL without structure"),
 }
 
@@ -209,7 +248,7 @@ def main() -> None:
     parser.add_argument("--samplers", action="store_true", help="the table of perplexities instead")
     parser.add_argument("--data", type=Path, help="folder of WikiText-2, for --samplers")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(width=120)
     if arguments.samplers:
         if arguments.data is None:
             parser.error("--samplers needs --data")
