@@ -140,27 +140,42 @@ def finetune(
 @app.command(name="eval")
 def evaluate(
     model: ModelArgument,
-    perplexity: Annotated[list[str], typer.Option(help="text source: wikitext2, a file, python-docs; NAME:SPLIT")],
+    perplexity: Annotated[list[str], typer.Option(help="text source: wikitext2, a file, python-docs; NAME:SPLIT")] = [],  # noqa: B006
+    against: Annotated[
+        str | None, typer.Option(help="the dense model: measured too, and the agreement of both")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks: piqa,arc_easy; piqa=FOLDER reads local records")] = "",
+    speed: Annotated[bool, typer.Option("--speed", help="tokens per second, with dense ones beside them")] = False,
+    samples: Annotated[int, typer.Option(min=0, help="greedy continuations of the text to show")] = 0,
+    spectra: Annotated[bool, typer.Option("--spectra", help="singular values of the compressed weights")] = False,
     length: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 1024,
+    stride: Annotated[int | None, typer.Option(min=1, help="tokens between windows; no overlap if absent")] = None,
     windows: Annotated[int, typer.Option(min=0, help="windows measured; 0 for the whole text")] = 16,
-    batch: Annotated[int, typer.Option(min=1, help="windows at a time")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="windows or task items at a time")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="items of each task; all if absent")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     field: Annotated[str, typer.Option(help="column or key that holds the text")] = "text",
     trust_remote_code: Annotated[bool, typer.Option(help="run code that the model's folder brings along")] = False,
+    save: Annotated[bool, typer.Option("--save", help="keep the figures in the model's folder, for report")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure a model's perplexity, dense or compressed."""
+    """Measure a model, dense or compressed: perplexity, agreement with the dense one, tasks, speed."""
     _check_json_file(json_file)
-    from llmcompress_eval.command import evaluate_model, evaluation_table
+    from llmcompress_eval.command import Request, evaluate_model, evaluation_tables
 
     from llmcompress import show
 
+    request = Request(
+        model, against, perplexity, [name for name in tasks.split(",") if name], speed, samples, spectra, length,
+        stride, windows or None, batch, limit, dtype, device, field, trust_remote_code, save,
+    )  # fmt: skip
     with show.Bars(err) as bars:
-        found = evaluate_model(
-            model, perplexity, length, windows or None, batch, dtype, device, field, trust_remote_code, bars
-        )
-    out.print(evaluation_table(model, found))
+        found = evaluate_model(request, bars)
+    if found is None:
+        return
+    for table in evaluation_tables(found):
+        out.print(table)
     _write_json(json_file, found)
 
 

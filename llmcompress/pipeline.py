@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
@@ -46,6 +46,9 @@ from llmcompress.models.structure import analyse
 from llmcompress.plan import Plan, make_plan
 from llmcompress.recipe import Recipe
 from llmcompress.workspace import DiskStore, digest, disk_errors, replace_durably, sync, write_text
+
+if TYPE_CHECKING:
+    from llmcompress_eval.perplexity import Windows
 
 log = logging.getLogger("llmcompress")
 METRICS = "metrics.json"
@@ -153,7 +156,7 @@ class Pipeline:
         )  # fmt: skip
         return tuned, read_report(self.work)
 
-    def _evaluate_again(self, source: StreamedModel, metrics: dict[str, Any], texts: dict[str, Tensor]) -> Outcome:
+    def _evaluate_again(self, source: StreamedModel, metrics: dict[str, Any], texts: dict[str, Windows]) -> Outcome:
         """The weights are there; only the recipe's `eval` section is another."""
         log.info("%s: compressed already; only evaluated again", self.output)
         speed = self._evaluate(source, self.output, metrics, texts)
@@ -162,7 +165,7 @@ class Pipeline:
         self._remove_work()
         return Outcome(self.output, metrics, self.seconds, speed)
 
-    def prepare(self) -> tuple[StreamedModel, Plan, Tensor, dict[str, Tensor]]:
+    def prepare(self) -> tuple[StreamedModel, Plan, Tensor, dict[str, Windows]]:
         """Opens the model, plans the steps, reads the calibration and evaluation texts: all that can be wrong.
 
         Bad input leaves nothing behind.
@@ -233,9 +236,9 @@ class Pipeline:
             check_teacher(source.model.config, teacher_config(locate(section.teacher)))
         return tokens
 
-    def _evaluation_texts(self, source: StreamedModel) -> dict[str, Tensor]:
-        from llmcompress_eval.compare import evaluation_windows
+    def _evaluation_texts(self, source: StreamedModel) -> dict[str, Windows]:
         from llmcompress_eval.perplexity import check_length
+        from llmcompress_eval.text import evaluation_windows
 
         evaluation = self.recipe.eval
         if evaluation.perplexity:
@@ -257,10 +260,10 @@ class Pipeline:
         return digest([evaluation, texts])
 
     def _evaluate(
-        self, source: StreamedModel, result: Path, metrics: dict[str, Any], texts: dict[str, Tensor]
+        self, source: StreamedModel, result: Path, metrics: dict[str, Any], texts: dict[str, Windows]
     ) -> dict[str, Any] | None:
         """Adds the perplexities to the metrics; returns the speeds."""
-        from llmcompress_eval.compare import evaluate_pair
+        from llmcompress_eval.pair import evaluate_pair
 
         metrics |= {"evaluation": self._evaluation_digest(), "perplexity": {}}
         evaluation = self.recipe.eval

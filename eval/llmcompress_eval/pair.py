@@ -7,35 +7,24 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import nn
 
-from llmcompress.calibration.text import read_documents, tokenize
 from llmcompress.engine import Progress
-from llmcompress_eval.perplexity import perplexity, windows
+from llmcompress_eval.perplexity import Windows, perplexity
 from llmcompress_eval.speed import measure
 
 Load = Callable[[], nn.Module]
 
 
-def evaluation_windows(
-    tokenizer: PreTrainedTokenizerBase, sources: list[str], length: int, count: int | None, field: str
-) -> dict[str, Tensor]:
-    """The windows (windows, length) of each text source."""
-    return {
-        source: windows(tokenize(tokenizer, read_documents(source, "evaluation", field)), length, count, source)
-        for source in sources
-    }
-
-
 def evaluate_pair(
     load_dense: Load,
     load_compressed: Load,
-    texts: dict[str, Tensor],
+    texts: dict[str, Windows],
     speed: bool,
     progress: Progress,
+    known: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Perplexity of both models on every text's windows (windows, length), and, if asked, their speeds.
+    """Perplexity of both models on every text's windows, and, if asked, their speeds.
 
     One model is in memory at a time for perplexity, both for speed. An encoder, for which neither is defined, gives
     empty results.
@@ -59,9 +48,9 @@ def evaluate_pair(
     return by_source, {name: asdict(speed) for name, speed in speeds.items()}
 
 
-def _perplexities(model: nn.Module, name: str, texts: dict[str, Tensor], progress: Progress) -> dict[str, Any]:
+def _perplexities(model: nn.Module, name: str, texts: dict[str, Windows], progress: Progress) -> dict[str, Any]:
     found = {}
-    for source, tokens in texts.items():
-        progress.start(f"perplexity, {name}", len(tokens))
-        found[source] = asdict(perplexity(model, tokens, advance=progress.advance))
+    for source, windows in texts.items():
+        progress.start(f"perplexity, {name}", len(windows))
+        found[source] = asdict(perplexity(model, windows, advance=progress.advance))
     return found
