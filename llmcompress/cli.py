@@ -179,6 +179,83 @@ def evaluate(
     _write_json(json_file, found)
 
 
+RunsArgument = Annotated[list[Path], typer.Argument(help="folders of runs")]
+
+
+@app.command()
+def compare(
+    runs: RunsArgument,
+    json_file: JsonOption = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="also write the table to this file")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="also write the table to this file")] = None,
+) -> None:
+    """One table of runs and their dense models: sizes, perplexity, agreement, tasks, speed, as far as measured."""
+    for option, path in (("--json", json_file), ("--csv", csv_file), ("--markdown", markdown_file)):
+        _check_file(option, path)
+    from llmcompress_eval.compare import as_csv, as_markdown, comparison_table, rows_of
+    from llmcompress_eval.runs import read_runs
+
+    found, problems = read_runs(runs)
+    _warn(problems)
+    rows = rows_of(found)
+    out.print(comparison_table(rows))
+    _write_json(json_file, {"rows": rows})
+    _write_file("--csv", csv_file, as_csv(rows))
+    _write_file("--markdown", markdown_file, as_markdown(rows))
+
+
+@app.command()
+def sweep(
+    recipe: RecipeOption,
+    ratio: Annotated[str, typer.Option(help="0.1..0.6, 0.1..0.6:0.05 or 0.2,0.3")],
+    methods: Annotated[str, typer.Option(help="methods, as in svd_llm,cospadi; the recipe's own if absent")] = "",
+    overrides: SetOption = [],  # noqa: B006
+    output: Annotated[str | None, typer.Option("--output", "-o", help="folder of all results")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Run a recipe at several ratios and with several methods, calibrated once; killed and run again, it goes on."""
+    _check_json_file(json_file)
+    from llmcompress_eval.compare import frontier_table, rows_of
+    from llmcompress_eval.runs import read_runs
+
+    from llmcompress import show
+    from llmcompress import sweep as sweeping
+    from llmcompress.recipe import Recipe
+
+    given = overrides + ([_output_override(output)] if output is not None else [])
+    base = Recipe.load(recipe, given)
+    recipes = sweeping.sweep_recipes(base, sweeping.parse_ratios(ratio), [name for name in methods.split(",") if name])
+    with show.Bars(err) as bars:
+        _log_to(err)
+        outcomes = sweeping.sweep(recipes, bars)
+    rows = rows_of(read_runs([outcome.folder for outcome in outcomes.values()])[0])
+    _print_tables(frontier_table(rows))
+    _print_line(f"llmcompress report {base.output}/*")
+    _write_json(json_file, {"rows": rows})
+
+
+@app.command()
+def report(
+    runs: RunsArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="the HTML file")] = Path("report.html"),
+) -> None:
+    """Write one HTML file about runs: what they cost in quality, what they gain, and where."""
+    _check_file("--output", output)
+    from llmcompress_eval.report import build_report
+    from llmcompress_eval.runs import read_runs
+
+    found, problems = read_runs(runs)
+    _warn(problems)
+    _write_file("--output", output, build_report(found, problems))
+    _print_line(f"{output}: {len(found)} runs")
+
+
+def _warn(problems: list[str]) -> None:
+    """Names what is left out; the others are still reported."""
+    for problem in problems:
+        err.print(f"left out: {problem}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command()
 def inspect(model: ModelArgument, json_file: JsonOption = None) -> None:
     """Print a model's blocks, linear sites, roles, shapes, and what shares an input."""
@@ -268,18 +345,26 @@ def _print_line(text: str) -> None:
 
 
 def _check_json_file(path: Path | None) -> None:
+    _check_file("--json", path)
+
+
+def _check_file(option: str, path: Path | None) -> None:
     """Before anything is computed whose result could not be written."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise InputError(f"--json {path}: not a file in an existing folder")
+        raise InputError(f"{option} {path}: not a file in an existing folder")
 
 
 def _write_json(path: Path | None, found: dict[str, Any]) -> None:
+    _write_file("--json", path, json.dumps(found, indent=1) + "\n")
+
+
+def _write_file(option: str, path: Path | None, text: str) -> None:
     if path is None:
         return
     try:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise RunError(f"--json {path}: cannot be written: {error.strerror}") from error
+        raise RunError(f"{option} {path}: cannot be written: {error.strerror}") from error
 
 
 def _log_to(console: Console) -> None:

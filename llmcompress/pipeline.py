@@ -45,10 +45,12 @@ from llmcompress.models.runner import Runner
 from llmcompress.models.structure import analyse
 from llmcompress.plan import Plan, make_plan
 from llmcompress.recipe import Recipe
-from llmcompress.workspace import DiskStore, digest, disk_errors, replace_durably, sync, write_text
+from llmcompress.workspace import DiskStore, Store, digest, disk_errors, replace_durably, sync, write_text
 
 if TYPE_CHECKING:
     from llmcompress_eval.perplexity import Windows
+
+    from llmcompress.sweep import SharedCalibration
 
 log = logging.getLogger("llmcompress")
 METRICS = "metrics.json"
@@ -89,6 +91,8 @@ class Pipeline:
         self.work = self.output.parent / f".{self.output.name}.work-{self.fingerprint[:12]}"
         self.seconds: dict[str, float] = {}
         self._training_tokens: Tensor | None = None
+        self.calibration: SharedCalibration | None = None  # set by a sweep, and the dense model's known perplexities
+        self.dense_figures: dict[str, Any] = {}
 
     def _fingerprint(self) -> str:
         """Identifies all that the compressed weights depend on, so that old work of another run is never mixed in."""
@@ -103,9 +107,22 @@ class Pipeline:
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
+    @property
+    def finished(self) -> bool:
+        """Whether `run` has nothing left to do."""
+        found = self._finished()
+        return found is not None and found["evaluation"] == self._evaluation_digest()
+
+    def settings(self) -> Settings:
+        calibration = self.recipe.calibration
+        return Settings(
+            calibration.batch_tokens, calibration.backward_samples, calibration.targets, self.recipe.seed,
+            self.recipe.block_recovery, calibration.build_sampler(), calibration.stream_factory(),
+        )  # fmt: skip
+
     def run(self) -> Outcome:
         finished = self._finished()
-        if finished and finished["evaluation"] == self._evaluation_digest():
+        if finished and self.finished:
             log.info("%s: already finished for this recipe and model", self.output)
             return Outcome(self.output, finished, {})
         if not finished:
@@ -113,15 +130,12 @@ class Pipeline:
         source, plan, tokens, texts = self.prepare()
         if finished:
             return self._evaluate_again(source, finished, texts)
-        store = DiskStore(self.work / "store")
+        store: Store = DiskStore(self.work / "store")
+        if self.calibration is not None:
+            store, plan = self.calibration.lend(store, plan)
         runner = Runner(source, plan.structure)
-        calibration = self.recipe.calibration
-        settings = Settings(
-            calibration.batch_tokens, calibration.backward_samples, calibration.targets, self.recipe.seed,
-            self.recipe.block_recovery, calibration.build_sampler(), calibration.stream_factory(),
-        )  # fmt: skip
         with self._timed("compress"):
-            results = Engine(runner, plan, tokens, store, settings, self.progress).run()
+            results = Engine(runner, plan, tokens, store, self.settings(), self.progress).run()
         result = self.work / "result"
         with self._timed("save"), disk_errors(result):
             shutil.rmtree(result, ignore_errors=True)
@@ -273,7 +287,7 @@ class Pipeline:
                 metrics["perplexity"], speed = evaluate_pair(
                     lambda: load_model(source.location, source.model.dtype).to(self.device),
                     lambda: load_model(Location(result), source.model.dtype).to(self.device),
-                    texts, evaluation.speed, self.progress,
+                    texts, evaluation.speed, self.progress, self.dense_figures,
                 )  # fmt: skip
         return speed
 

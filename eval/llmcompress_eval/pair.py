@@ -22,19 +22,23 @@ def evaluate_pair(
     texts: dict[str, Windows],
     speed: bool,
     progress: Progress,
-    known: dict[str, Any] | None = None,
+    known: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Perplexity of both models on every text's windows, and, if asked, their speeds.
 
+    known: source -> the dense model's figures, where they have been measured already.
     One model is in memory at a time for perplexity, both for speed. An encoder, for which neither is defined, gives
     empty results.
     """
-    dense = load_dense()
-    if not dense.can_generate():  # type: ignore[operator]
-        return {}, None
-    found = {"dense": _perplexities(dense, "dense", texts, progress)}
-    if not speed:
-        del dense
+    unknown = {source: windows for source, windows in texts.items() if source not in known}
+    found = {"dense": dict(known)}
+    if unknown or speed:
+        dense = load_dense()
+        if not dense.can_generate():  # type: ignore[operator]
+            return {}, None
+        found["dense"] |= _perplexities(dense, "dense", unknown, progress)
+        if not speed:
+            del dense
     compressed = load_compressed()
     found["compressed"] = _perplexities(compressed, "compressed", texts, progress)
     by_source = {source: {name: found[name][source] for name in found} for source in texts}

@@ -28,29 +28,37 @@ SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "
 def load_tasks(specs: list[str]) -> dict[str, Any]:
     """The tasks as lm-eval takes them. InputError: lm-eval missing, a name unknown, or its records out of reach."""
     try:
-        import lm_eval.tasks
+        import lm_eval
     except ModuleNotFoundError:
         raise InputError("--tasks: needs lm-eval: pip install 'llmcompress[eval]'") from None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger(lm_eval.__name__).setLevel(logging.ERROR)
     folders = {name: folder for name, _, folder in (spec.partition("=") for spec in specs)}
     local = {name: read_records(name, Path(folder).expanduser()) for name, folder in folders.items() if folder}
     manager = _manager(list(folders))
     for name in folders:
         if name not in manager.all_tasks:
             raise InputError(f"--tasks: unknown task '{name}'{_nearest(name, manager.all_tasks)}")
-    loaded: dict[str, Any] = {}
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in folders:
-        given = {"task": name, "custom_dataset": functools.partial(_given, local[name])} if name in local else name
-        try:
-            loaded |= lm_eval.tasks.get_task_dict([given], manager)
-        except KeyError as error:
-            raise InputError(f"{folders[name] or name}: has no split or field {error}, which the task reads") from None
-        except Exception as error:  # datasets raises a wide family
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(
-                f"--tasks: the hub did not give the records of '{name}' ({reason}); from a folder: {name}=FOLDER"
-            ) from error
+        if name in local:  # within a group, a registered task may be given another source of records
+            given: dict[str, Any] = {"task": name, "custom_dataset": functools.partial(_given, local[name])}
+            if "train" not in local[name]:  # examples for prompts, and the prompts here have none
+                given["training_split"] = None
+            loaded["tasks"] |= _loaded(manager, {"group": "local", "task": [given]}, folders[name])["tasks"]
+        else:
+            part = _loaded(manager, name, f"the hub's records (from a folder: {name}=FOLDER)")
+            loaded = {key: {**loaded[key], **part[key]} for key in loaded}
     return loaded
+
+
+def _loaded(manager: Any, spec: str | dict[str, Any], origin: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = manager.load([spec])
+    except KeyError as error:
+        raise InputError(f"--tasks: {origin}: no split or field {error}, which the task reads") from None
+    except Exception as error:  # datasets raises a wide family
+        raise InputError(f"--tasks: {origin}: {' '.join(str(error).split()) or type(error).__name__}") from error
+    return found
 
 
 def evaluate_tasks(

@@ -48,7 +48,7 @@ def test_both_figures_are_those_of_the_definition(models):
     assert found.kl_standard_error == pytest.approx(kl.mean(1).std(ddof=1) / np.sqrt(5), rel=1e-3)
     assert found.top1_standard_error == pytest.approx(same.mean(1).std(ddof=1) / np.sqrt(5))
     *_, back = agreement(*reversed(models), rows)
-    assert abs(back.kl - found.kl) > 1e-3 * found.kl, "the divergence is not symmetric: the dense model comes first"
+    assert abs(back.kl - found.kl) > 3e-4 * found.kl, "the divergence is not symmetric: the dense model comes first"
 
 
 def test_the_perplexities_are_those_of_each_model_alone(models):

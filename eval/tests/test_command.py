@@ -178,11 +178,11 @@ def test_bad_requests(folder, compressed, tmp_path):
     with pytest.raises(InputError, match=r"--save: builtin:smollm2-135m-instruct is no folder"):
         evaluate("builtin:smollm2-135m-instruct", ["python-docs"], save=True)
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(InputError, match="empty.txt: holds no text"):
+    with pytest.raises(InputError, match=r"empty\.txt: holds no text"):
         evaluate(folder, [str(tmp_path / "empty.txt")])
     recipe = (compressed / "recipe.yaml").read_text()
     (compressed / "recipe.yaml").write_text("{}")
-    with pytest.raises(InputError, match="--speed: .*small names no dense model; name it with --against"):
+    with pytest.raises(InputError, match=r"--speed: .*small names no dense model; name it with --against"):
         evaluate(compressed, speed=True)
     (compressed / "recipe.yaml").write_text(recipe)
 

@@ -49,7 +49,7 @@ def test_windows_of_every_source_from_its_test_split(texts):
 
 def test_a_pair_is_what_each_model_is_alone(texts):
     told = Told()
-    found, speed = evaluate_pair(dense, compressed, texts, False, told)
+    found, speed = evaluate_pair(dense, compressed, texts, False, told, {})
     assert speed is None
     assert list(found) == list(texts)
     for source, tokens in texts.items():
@@ -72,15 +72,25 @@ def test_one_model_is_in_memory_at_a_time(texts):
         assert alive[0]() is None, "the dense model is gone before the compressed one is loaded"
         return compressed()
 
-    evaluate_pair(load_dense, load_compressed, texts, False, Silent())
+    evaluate_pair(load_dense, load_compressed, texts, False, Silent(), {})
 
 
 def test_speeds_of_both_where_they_are_asked_for(texts):
-    found, speed = evaluate_pair(dense, compressed, texts, True, Silent())
+    found, speed = evaluate_pair(dense, compressed, texts, True, Silent(), {})
     assert set(found) == set(texts)
     assert set(speed) == {"dense", "compressed"}
     assert all(value > 0 for figures in speed.values() for value in figures.values())
 
 
 def test_an_encoder_gives_nothing(texts):
-    assert evaluate_pair(lambda: tiny_model("bert"), lambda: tiny_model("bert"), texts, True, Silent()) == ({}, None)
+    assert evaluate_pair(lambda: tiny_model("bert"), lambda: tiny_model("bert"), texts, True, Silent(), {}) == (
+        {},
+        None,
+    )
+
+
+def test_a_dense_model_known_already_is_not_measured_again(texts):
+    known, told = {source: {"nll": 1.0} for source in texts}, Told()
+    found, _ = evaluate_pair(dense, compressed, texts, False, told, known)
+    assert all(found[source]["dense"] == {"nll": 1.0} for source in texts)
+    assert {stage for stage, *_ in told.stages} == {"perplexity, compressed"}
