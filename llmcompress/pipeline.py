@@ -10,7 +10,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -270,8 +270,10 @@ class Pipeline:
     def _evaluation_digest(self) -> str:
         """Identifies what is measured. Speed is not: it is printed, and no part of the files."""
         evaluation = self.recipe.eval.model_dump(mode="json", exclude={"speed"})
+        from llmcompress_eval.perplexity import Perplexity
+
         texts = [file_digest(path) for path in map(Path, self.recipe.eval.perplexity) if path.is_file()]
-        return digest([evaluation, texts])
+        return digest([evaluation, texts, [figure.name for figure in fields(Perplexity)]])
 
     def _evaluate(
         self, source: StreamedModel, result: Path, metrics: dict[str, Any], texts: dict[str, Windows]

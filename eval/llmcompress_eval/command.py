@@ -79,7 +79,8 @@ def evaluate_model(request: Request, progress: Progress) -> dict[str, Any] | Non
 def _measure(
     request: Request, location: Location, reference: Location | None, group: Processes, progress: Progress
 ) -> dict[str, Any]:
-    where = group.device or choose_device(request.device)
+    own_gpu = group.device if request.device == "auto" else None
+    where = own_gpu or choose_device(request.device)
     tokenizer = load_tokenizer(location)
     texts = evaluation_windows(
         tokenizer, request.perplexity, request.length, request.windows, request.field, request.stride

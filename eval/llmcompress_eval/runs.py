@@ -35,6 +35,7 @@ class Run:
     def method(self) -> str:
         steps = self.recipe.get("compress") or []
         methods = list(dict.fromkeys(str(step["method"]) for step in steps))
+        methods += ["fine-tuned"] if "finetune" in self.metrics else []
         return " + ".join(methods) if self.metrics else "dense"
 
 

@@ -77,6 +77,7 @@ def test_the_first_items_alone(tasks):
     assert evaluate(tasks, limit=2)["piqa"]["items"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning")  # lm-eval does, for any quantizer
 def test_lm_eval_loads_a_compressed_checkpoint_as_an_hf_model(piqa, tasks, tmp_path, monkeypatch):
     """Its own command, with a task of its own format, gives the same accuracy as `llmcompress eval --tasks`."""
     from llmcompress_eval import harness
