@@ -160,7 +160,7 @@ def _save(path: Path, found: dict[str, Any]) -> None:
         raise InputError(f"{path}: holds no JSON; remove it") from None
     if old.get("against", {}).get("model") != found.get("against", old.get("against", {})).get("model"):
         old = {key: value for key, value in old.items() if key not in ("against", "agreement")}
-    write_text(path, json.dumps(_merged(old, found), indent=1, sort_keys=True) + "\n")
+    write_text(path, json.dumps(_merged(old, found), indent=1) + "\n")
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

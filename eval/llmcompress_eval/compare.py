@@ -15,7 +15,7 @@ from llmcompress_eval.tables import text_table
 
 Row = dict[str, Any]
 WORDS = ("run", "method")
-SIZE = "bytes on disk"
+SIZE, MEMORY = "bytes on disk", "bytes in memory"
 
 
 def rows_of(runs: list[Run]) -> list[Row]:
@@ -37,7 +37,7 @@ def columns_of(rows: list[Row]) -> list[str]:
     """All columns, those of one text or task beside one another."""
     found = list(dict.fromkeys(column for row in rows for column in row))
     order = {
-        kind: place for place, kind in enumerate((*WORDS, "removed", "values", SIZE, "memory", "perplexity", "bits"))
+        kind: place for place, kind in enumerate((*WORDS, "removed", "values", SIZE, MEMORY, "perplexity", "bits"))
     }
     return sorted(found, key=lambda column: order.get(column, order.get(column.partition(" ")[0], len(order))))
 
@@ -116,7 +116,7 @@ def _row(run: Run, role: str) -> Row:
     for source, figures in own.get("perplexity", {}).items():
         row |= _perplexity(source, figures)
     if "memory" in own:
-        row["memory"] = own["memory"]["weights"]
+        row[MEMORY] = own["memory"]["weights"]
     if role == "compressed":
         for source, agreed in run.evaluation.get("agreement", {}).items():
             row[f"KL {Path(source).name}"] = agreed["kl"]

@@ -18,11 +18,14 @@ STYLE = {
     "axes.spines.right": False,
 }
 SIZES = {"line": (4.4, 3.2), "map": (4.4, 1.9), "bars": (4.4, 2.6)}
+MAPS = {"kept": "Share of values kept", "error": "Relative error of the outputs, on calibration text"}
 COLORS = {"dense": "#7a7a7a", "compressed": "#1f6fb4"}
 
 
 def frontier_plot(rows: list[Row], column: str) -> str:
     """Perplexity over bytes on disk: a line for each method, the dense models, a ring around what nothing beats."""
+    from matplotlib.ticker import MaxNLocator
+
     with _style():
         figure, axes = _figure("line")
         methods: dict[str, list[Row]] = {}
@@ -41,6 +44,7 @@ def frontier_plot(rows: list[Row], column: str) -> str:
             edgecolors="#d1661f", label="frontier",
         )  # fmt: skip
         axes.set(xlabel="MB on disk", ylabel=column, yscale="log")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         _plain_numbers(axes)
         axes.legend(fontsize="small", frameon=False)
         told = "; ".join(
@@ -50,7 +54,7 @@ def frontier_plot(rows: list[Row], column: str) -> str:
 
 
 def site_map(sites: list[dict[str, Any]], what: str) -> str:
-    """Blocks across, roles down; what: "kept", the share of stored values, or "error", the units' relative error."""
+    """Blocks across, roles down; what: a key of MAPS."""
     values = {
         (site["role"], site["block"]): site["stored_values"] / site["dense_values"] if what == "kept" else site["error"]
         for site in sites
@@ -61,7 +65,6 @@ def site_map(sites: list[dict[str, Any]], what: str) -> str:
     known = {key: value for key, value in values.items() if value is not None}
     if not known:
         return ""
-    title = {"kept": "share of values kept", "error": "relative error of outputs, calibration"}[what]
     with _style():
         figure, axes = _figure("map")
         mesh = axes.pcolormesh(grid, cmap="viridis", edgecolors="white", linewidth=0.3)
@@ -69,7 +72,7 @@ def site_map(sites: list[dict[str, Any]], what: str) -> str:
         axes.set_xticks([block + 0.5 for block in blocks if block % max(1, len(blocks) // 6) == 0],
                         [str(block) for block in blocks if block % max(1, len(blocks) // 6) == 0])  # fmt: skip
         axes.invert_yaxis()
-        axes.set(xlabel="block", title=title)
+        axes.set(xlabel="block")
         figure.colorbar(mesh, ax=axes)
         least, most = min(known, key=lambda key: known[key]), max(known, key=lambda key: known[key])
         return _svg(figure, f"{title}, by role and block: from {known[least]:.3f} ({least[0]} of block {least[1]}) "
@@ -117,6 +120,11 @@ def speed_plot(speed: dict[str, Any]) -> str:
         told = "; ".join(f"{what}: " + ", ".join(f"{name} {rate:,.1f}" for name, rate in rates.items())
                          for what, rates in {**rows, "byte limit": speed["limit"]}.items())  # fmt: skip
         return _svg(figure, f"Tokens a second. {told}.")
+
+
+def numbered(svg: str, number: str) -> str:
+    """The figure with ids of its own on a page of many."""
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{number}-", svg)
 
 
 def _style() -> Any:

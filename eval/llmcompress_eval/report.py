@@ -32,7 +32,9 @@ def build_report(runs: list[Run], problems: list[str]) -> str:
         columns=columns,
         rows=[[shown(column, row.get(column)) for column in columns] for row in rows],
         best={row["run"] for column in plotted for row in frontier(rows, column)},
-        frontiers=[plots.frontier_plot(rows, column) for column in plotted],
+        frontiers=[
+            plots.numbered(plots.frontier_plot(rows, column), f"text{index}") for index, column in enumerate(plotted)
+        ],
         runs=[_section(index, run) for index, run in enumerate(runs)],
         problems=problems,
     )
@@ -44,17 +46,22 @@ def _section(index: int, run: Run) -> dict[str, Any]:
     samples = run.evaluation.get("samples", [])
     sites = run.metrics.get("sites", [])
     speed, spectra = run.evaluation.get("speed"), run.evaluation.get("spectra")
-    figures = [("Where the budget went", plots.site_map(sites, what)) for what in ("kept", "error")] if sites else []
+    figures = [(title, plots.site_map(sites, what)) for what, title in plots.MAPS.items()] if sites else []
     if spectra:
         figures.append(("Spectra", plots.spectra_plot(spectra)))
     if speed:
         figures.append((f"Speed ({speed['dtype']}, {speed['device']})", plots.speed_plot(speed)))
+    anchor = f"run-{index}"
     return {
-        "anchor": f"run-{index}",
+        "anchor": anchor,
         "name": run.name,
         "folder": str(run.folder),
         "method": run.method,
-        "figures": [(title, figure) for title, figure in figures if figure],
+        "figures": [
+            (title, plots.numbered(figure, f"{anchor}-{place}"))
+            for place, (title, figure) in enumerate(figures)
+            if figure
+        ],
         "speed": _speed_rows(speed) if speed else [],
         "sites": [_site_row(site) for site in sites],
         "notes": list(dict.fromkeys(note for site in sites for note in site["notes"])),
