@@ -45,7 +45,7 @@ from llmcompress.models.runner import Runner
 from llmcompress.models.structure import analyse
 from llmcompress.plan import Plan, make_plan
 from llmcompress.recipe import Recipe
-from llmcompress.workspace import DiskStore, Store, digest, disk_errors, replace_durably, sync, write_text
+from llmcompress.workspace import DiskStore, digest, disk_errors, replace_durably, sync, write_text
 
 if TYPE_CHECKING:
     from llmcompress_eval.perplexity import Windows
@@ -130,7 +130,7 @@ class Pipeline:
         source, plan, tokens, texts = self.prepare()
         if finished:
             return self._evaluate_again(source, finished, texts)
-        store: Store = DiskStore(self.work / "store")
+        store = DiskStore(self.work / "store")
         if self.calibration is not None:
             store, plan = self.calibration.lend(store, plan)
         runner = Runner(source, plan.structure)

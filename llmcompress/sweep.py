@@ -17,7 +17,7 @@ from llmcompress.models.runner import Runner
 from llmcompress.pipeline import Outcome, Pipeline
 from llmcompress.plan import Plan, make_plan
 from llmcompress.recipe import Recipe
-from llmcompress.workspace import DiskStore, Store, Tensors, digest
+from llmcompress.workspace import DiskStore, Tensors, digest
 
 log = logging.getLogger("llmcompress")
 SHARED = ("statistics/", "gradients/")
@@ -27,36 +27,34 @@ SHARED = ("statistics/", "gradients/")
 class SharedCalibration:
     """Statistics of the dense model that all runs of a sweep read, in a store that outlives each of them."""
 
-    store: Store
+    store: DiskStore
 
-    def lend(self, own: Store, plan: Plan) -> tuple[Store, Plan]:
+    def lend(self, own: DiskStore, plan: Plan) -> tuple[DiskStore, Plan]:
         """A run's store with the statistics in it, and its plan, which then has nothing to measure."""
-        return _SharedStore(own, self.store, plan.needs), replace(plan, measured=True)
+        return _BorrowingStore(own, self.store, plan.needs), replace(plan, measured=True)
 
 
-class _SharedStore:
+class _BorrowingStore(DiskStore):
     """A run's own store, with the sweep's statistics in it: of them, those that the run needs."""
 
-    def __init__(self, own: Store, shared: Store, needs: frozenset[str]) -> None:
-        self._own, self._shared, self._needs = own, shared, needs
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)
+    def __init__(self, own: DiskStore, shared: DiskStore, needs: frozenset[str]) -> None:
+        super().__init__(own.folder)
+        self._shared, self._needs = shared, needs
 
     def has(self, key: str) -> bool:
         if key.startswith("gradients/") and not self._needs & BACKWARD:
             return False
-        return self._shared.has(key) if key.startswith(SHARED) else self._own.has(key)
+        return self._shared.has(key) if key.startswith(SHARED) else super().has(key)
 
     def get(self, key: str) -> tuple[Tensors, Any]:
         if not key.startswith(SHARED):
-            return self._own.get(key)
+            return super().get(key)
         tensors, note = self._shared.get(key)
         return {name: tensor for name, tensor in tensors.items() if name.rpartition("|")[2] in self._needs}, note
 
     def delete(self, key: str) -> None:
         if not key.startswith(SHARED):
-            self._own.delete(key)
+            super().delete(key)
 
 
 def parse_ratios(text: str) -> list[float]:

@@ -70,7 +70,7 @@ def frontier(rows: Iterable[Row], column: str) -> list[Row]:
 def comparison_table(rows: list[Row]) -> Table:
     columns = columns_of(rows)
     cells = [[shown(column, row.get(column)) for column in columns] for row in rows]
-    return text_table("", columns, cells, words=len(WORDS))
+    return text_table("dense models and runs", columns, cells, words=len(WORDS))
 
 
 def frontier_table(rows: list[Row]) -> list[Table | str]:

@@ -11,6 +11,7 @@ from llmcompress_eval.compare import SIZE, Row, frontier
 
 STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name with two $ is no formula
     "svg.hashsalt": "llmcompress",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -75,8 +76,8 @@ def site_map(sites: list[dict[str, Any]], what: str) -> str:
         axes.set(xlabel="block")
         figure.colorbar(mesh, ax=axes)
         least, most = min(known, key=lambda key: known[key]), max(known, key=lambda key: known[key])
-        return _svg(figure, f"{title}, by role and block: from {known[least]:.3f} ({least[0]} of block {least[1]}) "
-                            f"to {known[most]:.3f} ({most[0]} of block {most[1]}).")  # fmt: skip
+        ends = [f"{known[at]:.3f} ({at[0]} of block {at[1]})" for at in (least, most)]
+        return _svg(figure, f"{MAPS[what]}, by role and block: from {ends[0]} to {ends[1]}.")
 
 
 def spectra_plot(spectra: dict[str, dict[str, list[float]]]) -> str:

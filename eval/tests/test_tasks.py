@@ -5,14 +5,13 @@ import sys
 
 import pytest
 import torch
+from llmcompress_eval.perplexity import perplexity
 from llmcompress_eval.tasks import evaluate_tasks, load_tasks
 
 import llmcompress
 from llmcompress.engine import Silent
 from llmcompress.errors import InputError
-from tests.tiny import tiny_model, tiny_tokenizer
-
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'llmcompress[eval]'")
+from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 RECORDS = [
     {"goal": f"{verb} a {thing}", "sol1": f"Take it {end}.", "sol2": f"Leave the {thing}."}
@@ -67,6 +66,17 @@ def test_accuracy_is_that_of_the_likelier_answer(tasks):
     assert found["acc_norm"]["value"] == by_byte / 6
     share = plain / 6
     assert found["acc"]["standard_error"] == pytest.approx((share * (1 - share) / 5) ** 0.5)
+
+
+def test_perplexity_is_lm_evals_on_the_same_windows():
+    from lm_eval.models.huggingface import HFLM
+
+    model = tiny_model("llama")
+    rows = torch.randint(3, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(0))
+    requests = [(("", ""), row[:1].tolist(), row[1:].tolist()) for row in rows]
+    harness = HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=2)
+    scores = [score for score, _ in harness._loglikelihood_tokens(requests, disable_tqdm=True)]
+    assert perplexity(model, rows).nll == pytest.approx(-sum(scores) / (4 * 23), rel=1e-5)
 
 
 def test_the_batch_size_does_not_matter(tasks):

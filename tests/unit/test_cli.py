@@ -268,8 +268,10 @@ def test_sweep_refuses_before_it_computes(refused, recipe):
 
 
 def test_sweep_prints_the_frontier(run, recipe, folder, text):
-    code, printed, err = run("sweep", "-r", recipe, "--ratio", "0.3,0.5", "--methods", "svd,svd_llm", "--json", "t.json",
-                             "--set", f"eval={{perplexity: [{text}], length: 32, windows: 3}}")  # fmt: skip
+    measured = f"eval={{perplexity: [{text}], length: 32, windows: 3}}"
+    code, printed, err = run(
+        "sweep", "-r", recipe, "--ratio", "0.3,0.5", "--methods", "svd,svd_llm", "--json", "t.json", "--set", measured
+    )
     assert code == 0, err
     rows = json.loads((folder / "t.json").read_text())["rows"]
     assert [row["run"] for row in rows] == ["tiny", "svd-0.3", "svd-0.5", "svd_llm-0.3", "svd_llm-0.5"]
