@@ -18,6 +18,7 @@ import safetensors
 import torch
 import transformers
 import yaml
+from llmcompress_eval.runs import METRICS
 from torch import Tensor
 
 import llmcompress
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from llmcompress.sweep import SharedCalibration
 
 log = logging.getLogger("llmcompress")
-METRICS = "metrics.json"
 
 
 @dataclass

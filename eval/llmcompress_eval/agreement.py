@@ -57,14 +57,15 @@ def agreement(
         raise InputError(f"--against: a vocabulary of {sizes[0]} tokens, and the model's has {sizes[1]}: no comparison")
     with torch.no_grad(), evaluation_mode(dense), evaluation_mode(compressed):
         found = predictions([dense, compressed], windows, batch, advance, processes)
-        sums = collect((_distances(*logits, targets) for logits, targets in found), processes)
+        sums = collect((_distances(logits, targets) for logits, targets in found), processes)
     counts = torch.tensor(windows.counts, dtype=torch.float64)
     agreed = Agreement(*mean_and_error(sums[:, 2], counts), *mean_and_error(sums[:, 3], counts), int(counts.sum()))
     return from_losses(sums[:, 0], windows), from_losses(sums[:, 1], windows), agreed
 
 
-def _distances(dense: Tensor, compressed: Tensor, targets: Tensor) -> list[float]:
+def _distances(logits: list[Tensor], targets: Tensor) -> list[float]:
     """Both losses, KL(dense || compressed) and the number of equal likeliest tokens, each summed over the window."""
+    dense, compressed = logits
     losses = [loss(dense, targets), loss(compressed, targets)]
     p, q = F.log_softmax(dense, -1), F.log_softmax(compressed, -1)
     kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1).double().sum().item()

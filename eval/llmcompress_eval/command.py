@@ -22,13 +22,12 @@ from llmcompress_eval.agreement import agreement
 from llmcompress_eval.memory import resident_bytes
 from llmcompress_eval.perplexity import check_input, perplexity
 from llmcompress_eval.processes import Processes, join, leave
+from llmcompress_eval.runs import EVALUATION
 from llmcompress_eval.samples import continuations
 from llmcompress_eval.spectra import site_spectra
 from llmcompress_eval.speed_command import measure_speed, speed_tables
 from llmcompress_eval.tables import text_table
 from llmcompress_eval.text import evaluation_windows
-
-EVALUATION = "evaluation.json"
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def _style() -> Any:
 def _figure(size: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=SIZES[size], layout="constrained", facecolor="none")
+    figure = Figure(figsize=SIZES[size], facecolor="none")
     axes = figure.subplots()
     axes.set_facecolor("none")
     return figure, axes
@@ -159,7 +159,14 @@ def _nan(value: float | None) -> float:
 def _svg(figure: Any, told: str) -> str:
     """The <svg> element alone; ids that only name groups go, since a page holds many figures."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    figure.savefig(
+        text,
+        format="svg",
+        metadata={"Date": None, "Creator": None},
+        transparent=True,
+        bbox_inches="tight",
+        pad_inches=0.05,
+    )
     svg = text.getvalue()
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from llmcompress.errors import InputError
-from llmcompress.pipeline import METRICS
-from llmcompress_eval.command import EVALUATION
+
+METRICS, EVALUATION = "metrics.json", "evaluation.json"
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from llmcompress_eval import speed_command
 from llmcompress_eval.agreement import agreement
-from llmcompress_eval.command import EVALUATION, Request, evaluate_model, evaluation_tables
+from llmcompress_eval.command import Request, evaluate_model, evaluation_tables
 from llmcompress_eval.memory import resident_bytes
 from llmcompress_eval.perplexity import perplexity
+from llmcompress_eval.runs import EVALUATION
 from llmcompress_eval.speed_modules import copy_bandwidth
 from llmcompress_eval.text import evaluation_windows
 from rich.console import Console

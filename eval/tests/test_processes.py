@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from llmcompress_eval.command import Request, evaluate_model
 from llmcompress_eval.processes import ALONE, Processes
 
+from llmcompress.engine import Silent
 from tests.tiny import save_tiny, write_text
 
 
@@ -25,19 +27,16 @@ def test_one_process_gathers_its_own():
 
 def test_two_processes_find_what_one_finds(tmp_path):
     model, text = save_tiny(tmp_path / "model"), write_text(tmp_path / "a.txt", 400)
-    command = ["-m", "llmcompress", "eval", str(model), "--perplexity", str(text), "--against", str(model), "--length",
-               "32", "--windows", "0", "--stride", "20", "--device", "cpu", "--json"]  # fmt: skip
-    launch = [
+    command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        "-m", "llmcompress", "eval", str(model), "--perplexity", str(text), "--against", str(model), "--length", "32",
+        "--windows", "0", "--stride", "20", "--device", "cpu", "--json", str(tmp_path / "found.json"),
     ]  # fmt: skip
-    found = []
-    for start in ([sys.executable], launch):
-        path = tmp_path / f"{len(start)}.json"
-        ended = subprocess.run([*start, *command, str(path)], capture_output=True, text=True, timeout=600)
-        assert ended.returncode == 0, ended.stderr[-2000:]
-        assert ended.stdout.count("agreement with") == 1, "one process prints"
-        found.append(json.loads(path.read_text()))
-    one, two = found
-    assert two == one
-    assert one["perplexity"][str(text)]["windows"] == 19
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.stdout.count("agreement with") == 1, "one process prints"
+    request = Request(str(model), str(model), [str(text)], length=32, windows=None, stride=20, device="cpu")
+    alone = evaluate_model(request, Silent())
+    assert json.loads((tmp_path / "found.json").read_text()) == alone
+    assert alone["perplexity"][str(text)]["windows"] == 19

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from llmcompress_eval.command import Request, evaluate_model
@@ -196,6 +197,12 @@ def test_the_page_says_everything(place, runs, page):
     assert "runs/x: incomplete: &lt;it&gt; holds neither" in page
     assert "<b>&" not in page, "names are shown as they are"
     assert "model.layers.2.mlp.down_proj" in page
+
+
+def test_a_report_loads_no_torch():
+    """It would take longer than all figures."""
+    code = "import sys; import llmcompress_eval.report, llmcompress_eval.plots; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_the_same_runs_give_the_same_page(runs, page):
