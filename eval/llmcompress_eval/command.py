@@ -63,7 +63,7 @@ def evaluate_model(request: Request, progress: Progress) -> dict[str, Any] | Non
     if request.save and (location.gguf or not Path(request.model).is_dir()):
         raise InputError(f"--save: {request.model} is no folder that figures could be kept in; use --json FILE")
     reference = _reference(request, location)
-    group = join()
+    group = join(request.device)
     try:
         found = _measure(request, location, reference, group, progress)
     finally:

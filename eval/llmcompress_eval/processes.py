@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -33,13 +34,13 @@ class Processes:
 ALONE = Processes()
 
 
-def join() -> Processes:
-    """Joins the group that a launcher started, if one did."""
+def join(device: str) -> Processes:
+    """Joins the group that a launcher started, if one did; device: the user's choice, as in `choose_device`."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
-    state = PartialState()
-    device = str(state.device) if state.device.type == "cuda" else None
-    return Processes(state.process_index, state.num_processes, device)
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    own = str(state.device) if state.device.type == "cuda" else None
+    return Processes(state.process_index, state.num_processes, own)
 
 
 def leave(processes: Processes) -> None:
