@@ -140,28 +140,120 @@ def finetune(
 @app.command(name="eval")
 def evaluate(
     model: ModelArgument,
-    perplexity: Annotated[list[str], typer.Option(help="text source: wikitext2, a file, python-docs; NAME:SPLIT")],
+    perplexity: Annotated[list[str], typer.Option(help="text source: wikitext2, a file, python-docs; NAME:SPLIT")] = [],  # noqa: B006
+    against: Annotated[
+        str | None, typer.Option(help="the dense model: measured too, and the agreement of both")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks: piqa,arc_easy; piqa=FOLDER reads local records")] = "",
+    speed: Annotated[bool, typer.Option("--speed", help="tokens per second, with dense ones beside them")] = False,
+    samples: Annotated[int, typer.Option(min=0, help="greedy continuations of the text to show")] = 0,
+    spectra: Annotated[bool, typer.Option("--spectra", help="singular values of the compressed weights")] = False,
     length: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 1024,
+    stride: Annotated[int | None, typer.Option(min=1, help="tokens between windows; no overlap if absent")] = None,
     windows: Annotated[int, typer.Option(min=0, help="windows measured; 0 for the whole text")] = 16,
-    batch: Annotated[int, typer.Option(min=1, help="windows at a time")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="windows or task items at a time")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="items of each task; all if absent")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     field: Annotated[str, typer.Option(help="column or key that holds the text")] = "text",
     trust_remote_code: Annotated[bool, typer.Option(help="run code that the model's folder brings along")] = False,
+    save: Annotated[bool, typer.Option("--save", help="keep the figures in the model's folder, for report")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure a model's perplexity, dense or compressed."""
+    """Measure a model, dense or compressed: perplexity, agreement with the dense one, tasks, speed."""
     _check_json_file(json_file)
-    from llmcompress_eval.command import evaluate_model, evaluation_table
+    from llmcompress_eval.command import Request, evaluate_model, evaluation_tables
 
     from llmcompress import show
 
+    request = Request(
+        model, against, perplexity, [name for name in tasks.split(",") if name], speed, samples, spectra, length,
+        stride, windows or None, batch, limit, dtype, device, field, trust_remote_code, save,
+    )  # fmt: skip
     with show.Bars(err) as bars:
-        found = evaluate_model(
-            model, perplexity, length, windows or None, batch, dtype, device, field, trust_remote_code, bars
-        )
-    out.print(evaluation_table(model, found))
+        found = evaluate_model(request, bars)
+    if found is None:
+        return
+    for table in evaluation_tables(found):
+        out.print(table)
     _write_json(json_file, found)
+
+
+RunsArgument = Annotated[list[Path], typer.Argument(help="folders of runs")]
+
+
+@app.command()
+def compare(
+    runs: RunsArgument,
+    json_file: JsonOption = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="also write the table to this file")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="also write the table to this file")] = None,
+) -> None:
+    """One table of runs and their dense models: sizes, perplexity, agreement, tasks, speed, as far as measured."""
+    for option, path in (("--json", json_file), ("--csv", csv_file), ("--markdown", markdown_file)):
+        _check_file(option, path)
+    from llmcompress_eval.compare import as_csv, as_markdown, comparison_table, rows_of
+    from llmcompress_eval.runs import read_runs
+
+    found, problems = read_runs(runs)
+    _warn(problems)
+    rows = rows_of(found)
+    out.print(comparison_table(rows))
+    _write_json(json_file, {"rows": rows})
+    _write_file("--csv", csv_file, as_csv(rows))
+    _write_file("--markdown", markdown_file, as_markdown(rows))
+
+
+@app.command()
+def sweep(
+    recipe: RecipeOption,
+    ratio: Annotated[str, typer.Option(help="0.1..0.6, 0.1..0.6:0.05 or 0.2,0.3")],
+    methods: Annotated[str, typer.Option(help="methods, as in svd_llm,cospadi; the recipe's own if absent")] = "",
+    overrides: SetOption = [],  # noqa: B006
+    output: Annotated[str | None, typer.Option("--output", "-o", help="folder of all results")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Run a recipe at several ratios and with several methods, calibrated once; killed and run again, it goes on."""
+    _check_json_file(json_file)
+    from llmcompress_eval.compare import frontier_table, rows_of
+    from llmcompress_eval.runs import read_runs
+
+    from llmcompress import show
+    from llmcompress import sweep as sweeping
+    from llmcompress.recipe import Recipe
+
+    given = overrides + ([_output_override(output)] if output is not None else [])
+    base = Recipe.load(recipe, given)
+    recipes = sweeping.sweep_recipes(base, sweeping.parse_ratios(ratio), [name for name in methods.split(",") if name])
+    with show.Bars(err) as bars:
+        _log_to(err)
+        outcomes = sweeping.sweep(recipes, bars)
+    rows = rows_of(read_runs([outcome.folder for outcome in outcomes.values()])[0])
+    _print_tables(frontier_table(rows))
+    _print_line(f"llmcompress report {base.output}/*")
+    _write_json(json_file, {"rows": rows})
+
+
+@app.command()
+def report(
+    runs: RunsArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="the HTML file")] = Path("report.html"),
+) -> None:
+    """Write one HTML file about runs: what they cost in quality, what they gain, and where."""
+    _check_file("--output", output)
+    from llmcompress_eval.report import build_report
+    from llmcompress_eval.runs import read_runs
+
+    found, problems = read_runs(runs)
+    _warn(problems)
+    _write_file("--output", output, build_report(found, problems))
+    _print_line(f"{output}: {len(found)} runs")
+
+
+def _warn(problems: list[str]) -> None:
+    """Names what is left out; the others are still reported."""
+    for problem in problems:
+        err.print(f"left out: {problem}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -253,18 +345,26 @@ def _print_line(text: str) -> None:
 
 
 def _check_json_file(path: Path | None) -> None:
+    _check_file("--json", path)
+
+
+def _check_file(option: str, path: Path | None) -> None:
     """Before anything is computed whose result could not be written."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise InputError(f"--json {path}: not a file in an existing folder")
+        raise InputError(f"{option} {path}: not a file in an existing folder")
 
 
 def _write_json(path: Path | None, found: dict[str, Any]) -> None:
+    _write_file("--json", path, json.dumps(found, indent=1) + "\n")
+
+
+def _write_file(option: str, path: Path | None, text: str) -> None:
     if path is None:
         return
     try:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise RunError(f"--json {path}: cannot be written: {error.strerror}") from error
+        raise RunError(f"{option} {path}: cannot be written: {error.strerror}") from error
 
 
 def _log_to(console: Console) -> None:

@@ -102,6 +102,12 @@ class Engine:
         found = [result for i in range(self.count) for result in self.store.get(f"blocks/{i:05d}")[1]]
         return [SiteResult(**result) for result in found]
 
+    def measure(self) -> None:
+        """The dense model's statistics alone, of all blocks, for runs that share them."""
+        if any(not self.store.has(f"statistics/{i:05d}") for i in range(self.count)) or self.plan.backward_needs:
+            self._start()
+            self._measure()
+
     def _start(self) -> None:
         with self.runner.ends_loaded():
             self.runner.record_arguments(self.tokens)

@@ -10,14 +10,15 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
 import transformers
 import yaml
+from llmcompress_eval.runs import METRICS
 from torch import Tensor
 
 import llmcompress
@@ -47,8 +48,12 @@ from llmcompress.plan import Plan, make_plan
 from llmcompress.recipe import Recipe
 from llmcompress.workspace import DiskStore, digest, disk_errors, replace_durably, sync, write_text
 
+if TYPE_CHECKING:
+    from llmcompress_eval.perplexity import Windows
+
+    from llmcompress.sweep import SharedCalibration
+
 log = logging.getLogger("llmcompress")
-METRICS = "metrics.json"
 
 
 @dataclass
@@ -86,6 +91,8 @@ class Pipeline:
         self.work = self.output.parent / f".{self.output.name}.work-{self.fingerprint[:12]}"
         self.seconds: dict[str, float] = {}
         self._training_tokens: Tensor | None = None
+        self.calibration: SharedCalibration | None = None  # set by a sweep, and the dense model's known perplexities
+        self.dense_figures: dict[str, Any] = {}
 
     def _fingerprint(self) -> str:
         """Identifies all that the compressed weights depend on, so that old work of another run is never mixed in."""
@@ -100,9 +107,22 @@ class Pipeline:
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
+    @property
+    def finished(self) -> bool:
+        """Whether `run` has nothing left to do."""
+        found = self._finished()
+        return found is not None and found["evaluation"] == self._evaluation_digest()
+
+    def settings(self) -> Settings:
+        calibration = self.recipe.calibration
+        return Settings(
+            calibration.batch_tokens, calibration.backward_samples, calibration.targets, self.recipe.seed,
+            self.recipe.block_recovery, calibration.build_sampler(), calibration.stream_factory(),
+        )  # fmt: skip
+
     def run(self) -> Outcome:
         finished = self._finished()
-        if finished and finished["evaluation"] == self._evaluation_digest():
+        if finished and self.finished:
             log.info("%s: already finished for this recipe and model", self.output)
             return Outcome(self.output, finished, {})
         if not finished:
@@ -111,14 +131,11 @@ class Pipeline:
         if finished:
             return self._evaluate_again(source, finished, texts)
         store = DiskStore(self.work / "store")
+        if self.calibration is not None:
+            store, plan = self.calibration.lend(store, plan)
         runner = Runner(source, plan.structure)
-        calibration = self.recipe.calibration
-        settings = Settings(
-            calibration.batch_tokens, calibration.backward_samples, calibration.targets, self.recipe.seed,
-            self.recipe.block_recovery, calibration.build_sampler(), calibration.stream_factory(),
-        )  # fmt: skip
         with self._timed("compress"):
-            results = Engine(runner, plan, tokens, store, settings, self.progress).run()
+            results = Engine(runner, plan, tokens, store, self.settings(), self.progress).run()
         result = self.work / "result"
         with self._timed("save"), disk_errors(result):
             shutil.rmtree(result, ignore_errors=True)
@@ -153,7 +170,7 @@ class Pipeline:
         )  # fmt: skip
         return tuned, read_report(self.work)
 
-    def _evaluate_again(self, source: StreamedModel, metrics: dict[str, Any], texts: dict[str, Tensor]) -> Outcome:
+    def _evaluate_again(self, source: StreamedModel, metrics: dict[str, Any], texts: dict[str, Windows]) -> Outcome:
         """The weights are there; only the recipe's `eval` section is another."""
         log.info("%s: compressed already; only evaluated again", self.output)
         speed = self._evaluate(source, self.output, metrics, texts)
@@ -162,7 +179,7 @@ class Pipeline:
         self._remove_work()
         return Outcome(self.output, metrics, self.seconds, speed)
 
-    def prepare(self) -> tuple[StreamedModel, Plan, Tensor, dict[str, Tensor]]:
+    def prepare(self) -> tuple[StreamedModel, Plan, Tensor, dict[str, Windows]]:
         """Opens the model, plans the steps, reads the calibration and evaluation texts: all that can be wrong.
 
         Bad input leaves nothing behind.
@@ -233,9 +250,9 @@ class Pipeline:
             check_teacher(source.model.config, teacher_config(locate(section.teacher)))
         return tokens
 
-    def _evaluation_texts(self, source: StreamedModel) -> dict[str, Tensor]:
-        from llmcompress_eval.compare import evaluation_windows
+    def _evaluation_texts(self, source: StreamedModel) -> dict[str, Windows]:
         from llmcompress_eval.perplexity import check_length
+        from llmcompress_eval.text import evaluation_windows
 
         evaluation = self.recipe.eval
         if evaluation.perplexity:
@@ -253,14 +270,16 @@ class Pipeline:
     def _evaluation_digest(self) -> str:
         """Identifies what is measured. Speed is not: it is printed, and no part of the files."""
         evaluation = self.recipe.eval.model_dump(mode="json", exclude={"speed"})
+        from llmcompress_eval.perplexity import Perplexity
+
         texts = [file_digest(path) for path in map(Path, self.recipe.eval.perplexity) if path.is_file()]
-        return digest([evaluation, texts])
+        return digest([evaluation, texts, [figure.name for figure in fields(Perplexity)]])
 
     def _evaluate(
-        self, source: StreamedModel, result: Path, metrics: dict[str, Any], texts: dict[str, Tensor]
+        self, source: StreamedModel, result: Path, metrics: dict[str, Any], texts: dict[str, Windows]
     ) -> dict[str, Any] | None:
         """Adds the perplexities to the metrics; returns the speeds."""
-        from llmcompress_eval.compare import evaluate_pair
+        from llmcompress_eval.pair import evaluate_pair
 
         metrics |= {"evaluation": self._evaluation_digest(), "perplexity": {}}
         evaluation = self.recipe.eval
@@ -270,7 +289,7 @@ class Pipeline:
                 metrics["perplexity"], speed = evaluate_pair(
                     lambda: load_model(source.location, source.model.dtype).to(self.device),
                     lambda: load_model(Location(result), source.model.dtype).to(self.device),
-                    texts, evaluation.speed, self.progress,
+                    texts, evaluation.speed, self.progress, self.dense_figures,
                 )  # fmt: skip
         return speed
 

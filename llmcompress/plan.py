@@ -44,6 +44,7 @@ class Plan:
 
     structure: Structure
     steps: list[Step]
+    measured: bool = False  #: the statistics of all blocks are in the store already
 
     @property
     def sites(self) -> list[Site]:
@@ -77,7 +78,7 @@ class Plan:
     def two_passes(self) -> bool:
         """Whether statistics of all blocks must be known before the first one is compressed."""
         measured = any(step.allocation.needs_profiles and step.allocation.spectra != "weight" for step in self.steps)
-        return bool(measured or self.backward_needs or self.spans_blocks)
+        return bool(self.measured or measured or self.backward_needs or self.spans_blocks)
 
     def budgets(self, profiles: list[list[Any]] | None) -> list[list[Budget]]:
         """The budget of every unit of every step; `profiles` in the same order, where an allocation needs them."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,28 @@ def measure(models: Mapping[str, nn.Module], prompt: Tensor, new_tokens: int = 1
                 prefill[name].append(prompt.shape[1] / first)
                 decode[name].append(new_tokens / rest)
     return {name: Speed(statistics.median(prefill[name]), statistics.median(decode[name])) for name in models}
+
+
+def measure_generate(
+    models: Mapping[str, PreTrainedModel], prompt: Tensor, new_tokens: int = 16, rounds: int = 3, cache: str = "dynamic"
+) -> dict[str, float]:
+    """New tokens a second of transformers' `generate`, greedy, its prefill of the prompt (1, length) int64 included.
+
+    cache: "dynamic" or "static"; with a static one transformers compiles the decoding step on a GPU. The first round,
+    which compiles and tunes, does not count; the others are run in turn, and their medians taken.
+    """
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for round_number in range(rounds + 1):
+        for name, model in models.items():
+            tokens = prompt.to(model.device)
+            start = _now(model.device)
+            model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), do_sample=False, cache_implementation=cache,
+                min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0,
+            )  # fmt: skip
+            if round_number:
+                found[name].append(new_tokens / (_now(model.device) - start))
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def _once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:

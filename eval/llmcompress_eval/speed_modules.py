@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from llmcompress.layers.base import StructuredLinear
-from llmcompress_eval.speed import Speed
 
 
 @dataclass(frozen=True)
@@ -125,15 +124,4 @@ def module_table(found: list[ModuleSpeed]) -> Table:
             f"{entry.group} ({entry.blocks})", entry.kind, str(entry.rows), f"{dense * 1e6:,.0f}",
             f"{compressed * 1e6:,.0f}", f"{dense / compressed:.2f}x", *(bound if entry.rows <= few else ("", "")),
         )  # fmt: skip
-    return table
-
-
-def end_to_end_table(speeds: Mapping[str, Speed]) -> Table:
-    """`speeds` by "dense" and "compressed", as `measure` gives them."""
-    table = Table(title="tokens a second, end to end", title_justify="left")
-    for column in ("", "dense", "compressed", "ratio"):
-        table.add_column(column, justify="right" if column else "left")
-    for what in ("prefill", "decode"):
-        dense, compressed = (getattr(speeds[name], what) for name in ("dense", "compressed"))
-        table.add_row(what, f"{dense:,.1f}", f"{compressed:,.1f}", f"{compressed / dense:.2f}x")
     return table

@@ -6,10 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from llmcompress_eval.perplexity import check_length, perplexity, windows
+from llmcompress_eval.perplexity import Windows, check_length, perplexity, windows
+from llmcompress_eval.text import evaluation_windows, token_bytes
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from llmcompress.errors import InputError, RunError
-from tests.tiny import VOCABULARY, tiny_model
+from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,7 @@ def test_a_model_that_has_learnt_a_text_predicts_it():
 def test_the_batch_size_does_not_matter(model, batch):
     one, many = perplexity(model, tokens(5)), perplexity(model, tokens(5), batch)
     for name, value in dataclasses.asdict(one).items():
-        assert getattr(many, name) == pytest.approx(value, rel=1e-6), name
+        assert getattr(many, name) == (value and pytest.approx(value, rel=1e-6)), name
 
 
 def test_one_window_has_no_spread(model):
@@ -134,6 +137,73 @@ def test_windows_do_not_overlap():
     assert windows(stream, 5, 99, "x").shape == (4, 5)
     with pytest.raises(InputError, match=r"^x: 23 tokens, fewer than one window of 24$"):
         windows(stream, 24, 1, "x")
+    assert windows(stream, 5, 3, "x", 2).tolist() == [[0, 1, 2, 3, 4], [2, 3, 4, 5, 6], [4, 5, 6, 7, 8]]
+    for stride in (0, 6):
+        with pytest.raises(InputError, match=f"^stride: {stride}; expected 1 to 5, the window's length$"):
+            windows(stream, 5, 3, "x", stride)
+
+
+@pytest.mark.parametrize("stride", [1, 7, 23, 24])
+def test_strided_windows_predict_each_token_once_with_what_stands_before(model, stride):
+    """The reference predicts tokens one by one from the numpy model's logits of their own window."""
+    stream = tokens(1, 60)[0]
+    found = perplexity(model, Windows(windows(stream, 24, None, "x", stride), stride))
+    losses, sums, seen = [], [], 0
+    for start in range(0, 60 - 24 + 1, stride):
+        row = stream[start : start + 24].numpy()
+        logits = numpy_llama(model, row)
+        own = [t for t in range(1, 24) if start + t > seen or stride == 24]
+        new = [np.log(np.exp(logits[t - 1]).sum()) - logits[t - 1, row[t]] for t in own]
+        seen, losses, sums = start + 23, losses + new, [*sums, (sum(new), len(new))]
+    assert found.tokens == len(losses)
+    assert found.nll == pytest.approx(np.mean(losses), rel=1e-6)
+    residuals = np.array([total - np.mean(losses) * count for total, count in sums])
+    n = len(sums)
+    assert found.standard_error == pytest.approx(np.sqrt((residuals**2).sum() * n / (n - 1)) / len(losses), rel=1e-4)
+
+
+def test_a_longer_context_predicts_better():
+    """Of a text that the model knows: with overlap every token has at least 16 before it."""
+    model, row = tiny_model("llama", num_hidden_layers=2), tokens(1, 32)[0].repeat(3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        model(input_ids=row[None, :64], labels=row[None, :64]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    apart, overlapping = (perplexity(model, Windows(windows(row, 24, None, "x", s), s)) for s in (24, 8))
+    assert overlapping.nll < apart.nll
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_a_token_are_those_of_its_text():
+    """One token a character here; é is unknown to the tokenizer and still has its two bytes."""
+    sizes = token_bytes(tiny_tokenizer(), ["aé b", "c"])
+    assert sizes.tolist() == [1, 2, 1, 1, 0, 1]
+
+
+def test_bytes_of_a_byte_level_tokenizer_sum_to_the_text():
+    """Also where one character takes several tokens, as 🙂 does."""
+    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    raw = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    text = "Größe: 🙂 naïve\n\n  x = 1"
+    sizes = token_bytes(tokenizer, [text])
+    assert int(sizes.sum()) == len(text.encode())
+    assert len(sizes) == len(text.encode()), "one token a byte"
+
+
+def test_bits_per_byte(model, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("aé bcd" * 20)
+    found = evaluation_windows(tiny_tokenizer(), [str(path)], 24, 3, "text", 12)[str(path)]
+    figures = perplexity(model, found)
+    covered = ("aé bcd" * 20)[1:48]  # 24 tokens and twice 12; the first is not predicted
+    assert (figures.tokens, figures.bytes) == (47, len(covered.encode()))
+    assert figures.bits_per_byte == pytest.approx(figures.nll * 47 / len(covered.encode()) / math.log(2))
+    assert figures.byte_perplexity == pytest.approx(2**figures.bits_per_byte)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from rich.table import Table
@@ -22,6 +22,9 @@ from llmcompress.models.load import DTYPES, Location, fingerprint, load_model, l
 from llmcompress.pipeline import Outcome, Pipeline, sync_folder, versions
 from llmcompress.recipe import Compress, Finetune, Recipe
 from llmcompress.workspace import digest, disk_errors, sync
+
+if TYPE_CHECKING:
+    from llmcompress_eval.perplexity import Windows
 
 
 class FinetuneRecipe(Recipe):
@@ -103,9 +106,9 @@ class FinetuneRun(Pipeline):
         self._remove_work()
         return Outcome(self.output, metrics, self.seconds)
 
-    def _read(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def _read(self) -> tuple[Tensor, dict[str, Windows]]:
         """Training sequences and evaluation windows: all that can be wrong with the texts and the teacher."""
-        from llmcompress_eval.compare import evaluation_windows
+        from llmcompress_eval.text import evaluation_windows
 
         tokenizer, evaluation = load_tokenizer(self.student), self.recipe.eval
         if self.section.method == "lrc" and not compressed_sites(self.student):
@@ -128,7 +131,7 @@ class FinetuneRun(Pipeline):
             max_shard_size=recipe.max_shard_size, progress=self.progress, trust_remote_code=recipe.trust_remote_code,
         )  # fmt: skip
 
-    def _measure(self, result: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
+    def _measure(self, result: Path, texts: dict[str, Windows]) -> dict[str, Any]:
         """Perplexity of the dense model, of the given one and of the result as it loads, on every text."""
         from llmcompress_eval.perplexity import perplexity
 

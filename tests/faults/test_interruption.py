@@ -99,7 +99,7 @@ def test_killed_around_commits(name, moment, inputs, undisturbed, tmp_path, monk
 def spawn():
     """Starts functions in processes that have everything imported and share nothing with this one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llmcompress.pipeline", "llmcompress_eval.compare", "tests.faults.child"])
+    context.set_forkserver_preload(["llmcompress.pipeline", "llmcompress_eval.pair", "tests.faults.child"])
     process = context.Process(target=time.sleep, args=(0,))
     process.start()
     process.join()

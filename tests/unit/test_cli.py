@@ -124,6 +124,17 @@ def test_apply_then_verify_then_eval(run, recipe, folder, text):
     assert figures == metrics["perplexity"][str(text)]["compressed"]
     assert f"{figures['perplexity']:.3f}" in printed
 
+    code, printed, err = run(
+        "compare", out, folder / "none", "--csv", "t.csv", "--markdown", "t.md", "--json", "t.json"
+    )
+    assert code == 0, err
+    assert err == f"left out: {folder / 'none'}: incomplete: it holds neither metrics.json nor evaluation.json\n"
+    for name in ("t.csv", "t.md", "t.json"):
+        assert str(metrics["size"]["bytes"]["compressed"]) in (folder / name).read_text().replace(",", "")
+    code, printed, err = run("report", out, "-o", "page.html")
+    assert (code, printed) == (0, "page.html: 1 runs\n"), err
+    assert shown in (folder / "page.html").read_text()
+
     weights = next(out.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
     code, printed, err = run("verify", out)
@@ -158,7 +169,14 @@ def test_inspect_prints_and_writes_the_structure(run, model, folder):
         (["--nonsense"], "No such option: --nonsense"),
         (["apply"], "Missing option '--recipe' / '-r'"),
         (["apply", "-r"], "requires an argument"),
-        (["eval", "model"], "Missing option '--perplexity'"),
+        (["eval", "model"], "nothing to measure: give --perplexity, --tasks, --speed or --spectra"),
+        (["eval", "model", "--speed", "--stride", "0"], "Invalid value for '--stride'"),
+        (["compare"], "Missing argument"),
+        (["compare", "none"], "none: incomplete: it holds neither metrics.json nor evaluation.json"),
+        (["compare", "none", "--csv", "no/x.csv"], "--csv no/x.csv: not a file in an existing folder"),
+        (["report", "none"], "none: incomplete: it holds neither metrics.json nor evaluation.json"),
+        (["report", "none", "-o", "no/x.html"], "--output no/x.html: not a file in an existing folder"),
+        (["sweep", "-r", "none.yaml", "--ratio", "0.3"], "none.yaml: no such recipe"),
         (["eval", "model", "--perplexity", "a.txt", "--length", "1"], "Invalid value for '--length'"),
         (["eval", "model", "--perplexity", "a.txt", "--windows", "many"], "Invalid value for '--windows'"),
         (["inspect"], "Missing argument"),
@@ -241,6 +259,24 @@ def test_eval_refuses_before_it_computes(refused, model, text, tmp_path):
     assert "--json no/where.json: not a file in an existing folder" in says(2, "--json", "no/where.json")
     assert "not a file in an existing folder" in says(2, "--json", tmp_path)
     assert "exceeds the model's context of 64" in refused(2, "eval", model, "--perplexity", text, "--length", 65)
+
+
+def test_sweep_refuses_before_it_computes(refused, recipe):
+    assert "--ratio 2: every ratio lies between 0 and 1" in refused(2, "sweep", "-r", recipe, "--ratio", "2")
+    unknown = refused(2, "sweep", "-r", recipe, "--ratio", "0.3", "--methods", "svd,cospady")
+    assert "--methods: unknown method 'cospady'; did you mean 'cospadi'?" in unknown
+
+
+def test_sweep_prints_the_frontier(run, recipe, folder, text):
+    measured = f"eval={{perplexity: [{text}], length: 32, windows: 3}}"
+    code, printed, err = run(
+        "sweep", "-r", recipe, "--ratio", "0.3,0.5", "--methods", "svd,svd_llm", "--json", "t.json", "--set", measured
+    )
+    assert code == 0, err
+    rows = json.loads((folder / "t.json").read_text())["rows"]
+    assert [row["run"] for row in rows] == ["tiny", "svd-0.3", "svd-0.5", "svd_llm-0.3", "svd_llm-0.5"]
+    assert "frontier" in printed
+    assert f"llmcompress report {folder / 'out'}/*" in printed
 
 
 def test_inspect_and_verify_refuse_what_is_no_model(refused, model, tmp_path):
