@@ -43,8 +43,8 @@ class StructuredFFNOptions(BaseModel, extra="forbid"):
 
     @model_validator(mode="after")
     def _sweeps_have_a_gram(self) -> StructuredFFNOptions:
-        if self.sweeps and self.projection == "frobenius":
-            raise ValueError("sweeps: the frobenius projection is the optimum already; use projection: gram")
+        if self.sweeps and (self.projection == "frobenius" or self.structure == "low_rank"):
+            raise ValueError("sweeps: low_rank and the frobenius projection are the optimum without; leave it out")
         return self
 
 

@@ -194,24 +194,19 @@ def check_divides(num_blocks: int, *widths: int) -> None:
 def check_block_dense(d_in: int, d_out: int, rank: int, num_blocks: int) -> None:
     """InputError unless the sizes are those of a BlockDense layer that is no larger than dense."""
     check_divides(num_blocks, d_in)
-    values = d_out + d_in // num_blocks
-    most = min(num_blocks * min(d_in // num_blocks, d_out), d_in * d_out // values // num_blocks * num_blocks)
-    _check_size("rank", rank, num_blocks, most, rank * values, d_in * d_out)
+    _check_size("rank", rank, num_blocks, d_out + d_in // num_blocks, d_in * d_out)
 
 
 def check_block_shuffle(d_in: int, d_out: int, num_blocks: int, inner: int) -> None:
     """InputError unless the sizes are those of a BlockShuffle layer that is no larger than dense."""
     check_divides(num_blocks, d_in, d_out)
-    values = d_in + d_out
-    full = min(d_in, d_out) // num_blocks * num_blocks
-    most = min(full, d_in * d_out // values // num_blocks * num_blocks)
-    _check_size("inner", inner, num_blocks, most, inner * values, d_in * d_out)
+    _check_size("inner", inner, num_blocks, d_in + d_out, d_in * d_out)
 
 
-def _check_size(name: str, size: int, num_blocks: int, most: int, stored: int, dense: int) -> None:
+def _check_size(name: str, size: int, num_blocks: int, values: int, dense: int) -> None:
+    """values: stored for each one of the size. A layer no larger than dense is below full size, too."""
     if size < 1 or size % num_blocks:
         raise InputError(f"{name}: must be a positive multiple of num_blocks = {num_blocks}; got {size}")
-    if stored > dense:
-        raise InputError(f"{name}: {size} stores {stored} values, the dense weight {dense}; at most {most}")
-    if size > most:
-        raise InputError(f"{name}: at most {most}; got {size}")
+    if size * values > dense:
+        most = dense // values // num_blocks * num_blocks
+        raise InputError(f"{name}: {size} stores {size * values} values, the dense weight {dense}; at most {most}")

@@ -88,7 +88,8 @@ def premerge(model: nn.Module, tokens: int = 16) -> list[Premerged]:
     """Times every layer of a loaded model both ways, where it lies, and keeps the dense product where it is faster.
 
     tokens: the most rows that a product serves, such as the batch size of decoding; it stays where it is the faster at
-    1 row and at that many. Layers of one kind, shape, dtype and device are timed once. Returns one entry a layer. InputError unless tokens >= 1.
+    1 row and at that many. Layers of one kind, shape, dtype and device are timed once. Returns one entry a layer.
+    InputError unless tokens >= 1.
     """
     timed: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {}
     found = []
