@@ -76,7 +76,9 @@ def test_stopped_at_every_checkpoint_it_ends_in_the_same_bytes(inputs, undisturb
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "the work folder is gone"
 
 
-def test_stopped_while_old_checkpoints_are_deleted_it_ends_in_the_same_bytes(inputs, undisturbed, tmp_path, monkeypatch):
+def test_stopped_while_old_checkpoints_are_deleted_it_ends_in_the_same_bytes(
+    inputs, undisturbed, tmp_path, monkeypatch
+):
     """Of the checkpoint that is being deleted the optimizer's state is gone, and nothing else."""
     given = Recipe.parse(data(inputs, tmp_path / "out"))
 

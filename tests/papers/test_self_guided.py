@@ -198,6 +198,7 @@ def test_the_callback_guides_half_of_a_training_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("stopped_at", [2, 6])
 def test_a_guided_training_goes_on_from_its_checkpoints(stopped_at, tmp_path):
     """Inside and after the guidance, to the same weights; the checkpoint's model has no guide."""
+
     def run(folder, resume=None, **changes):
         model = structured()
         args = arguments(folder, save_strategy="steps", save_steps=2, **changes)
@@ -304,7 +305,10 @@ def test_the_section_resumes_inside_the_guidance(tmp_path):
         ({"self_guided": {"fraction": 1.5}}, "finetune.self_guided.fraction: input should be less than 1; got 1.5"),
         ({"self_guided": {"shape": "cosin"}}, "finetune.self_guided.shape: input should be 'cosine' or 'linear'"),
         ({"self_guided": {"faction": 0.5}}, "finetune.self_guided.faction: unknown key; did you mean 'fraction'?"),
-        ({"self_guided": {}, "method": "lora"}, "self_guided: guides layers that train; use method lrc or full, not lora"),
+        (
+            {"self_guided": {}, "method": "lora"},
+            "self_guided: guides layers that train; use method lrc or full, not lora",
+        ),
         ({"self_guided": {}, "patience": 2}, "self_guided: the layers gain little before the guide has gone"),
     ],
 )
