@@ -88,7 +88,7 @@ def random_layer(
     """A float32 layer to train from scratch, without bias.
 
     low_rank: the truncated SVD of a Gaussian matrix of that standard deviation, root singular values on both sides.
-    Others: Gaussian blocks, each replaced by its polar factor. Source: arXiv 2406.16450, appendix on initialisation.
+    Others: Gaussian blocks, each replaced by its polar factor. Source: arXiv 2406.16450.
     """
 
     def gaussian(*shape: int) -> Tensor:

@@ -14,7 +14,7 @@ def flops_per_token(model: PreTrainedModel, length: int) -> int:
     """Multiplications and additions of a forward pass at one token of a sequence of `length` tokens.
 
     Products of all linear maps, the head included, and 4 length d a block for attention's scores and sums; embeddings,
-    norms and activations are left out. A training step costs three times as much. Source: arXiv 2406.16450, appendix.
+    norms and activations are left out. A training step costs three times as much. Source: arXiv 2406.16450, table 1.
     """
     config = model.config
     heads = config.num_attention_heads
@@ -32,7 +32,7 @@ def equal_flops_fraction(c_dense: float, c_structured: float, c_ffn: float, stoc
 
     The first such share of the steps is guided, and their data come again at the end. c_dense, c_structured: FLOPs a
     token of the models; c_ffn: of the dense layers that are replaced, which a guide costs, or half if stochastic.
-    InputError unless c_structured < c_dense. Source: arXiv 2406.16450, section 4.
+    InputError unless c_structured < c_dense. Source: arXiv 2406.16450.
     """
     if not 0 < c_structured < c_dense:
         raise InputError(f"the structured model's FLOPs must be between 0 and {c_dense:g}; got {c_structured:g}")

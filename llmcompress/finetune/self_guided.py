@@ -50,7 +50,7 @@ class GuideSchedule:
         return self.fraction * self.steps
 
     def alpha(self, step: float) -> float:
-        """(1 + cos(pi t / T)) / 2 or 1 - t / T for t < T, then 0. Source: equation 3."""
+        """(1 + cos(pi t / T)) / 2 or 1 - t / T for t < T, then 0."""
         if step >= self.guided:
             return 0.0
         share = step / self.guided
@@ -145,7 +145,6 @@ class SelfGuidedCallback(TrainerCallback):
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.schedule, self.stochastic, self.seed, self.weights = schedule, stochastic, seed, weights
-        self._saved = -1
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         attach_guides(kwargs["model"], self.weights)
@@ -154,10 +153,10 @@ class SelfGuidedCallback(TrainerCallback):
         model = kwargs["model"]
         if not guided_layers(model):
             raise InputError("self_guided: no guide is there; give the callback to a new Trainer's constructor")
-        self.schedule = self.schedule or GuideSchedule(state.max_steps)
-        if self.schedule.guided > state.max_steps:
+        self._running, self._saved = self.schedule or GuideSchedule(state.max_steps), -1
+        if self._running.guided > state.max_steps:
             raise InputError(
-                f"self_guided: the guide lasts {self.schedule.guided:g} steps and the training {state.max_steps}; "
+                f"self_guided: the guide lasts {self._running.guided:g} steps and the training {state.max_steps}; "
                 "shorten the schedule"
             )
         if state.global_step:
@@ -165,7 +164,7 @@ class SelfGuidedCallback(TrainerCallback):
 
     def _go_on(self, model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
         step = int(checkpoint.name.rpartition("-")[2])
-        if step >= self._schedule.guided:
+        if step >= self._running.guided:
             drop_guides(model, optimizer)
             return
         if not (checkpoint / FILE).is_file():
@@ -175,18 +174,13 @@ class SelfGuidedCallback(TrainerCallback):
             for name, layer in guided_layers(model).items():
                 _guide(layer).copy_(guides[name])
 
-    @property
-    def _schedule(self) -> GuideSchedule:
-        assert self.schedule is not None
-        return self.schedule
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         generator = torch.Generator().manual_seed((self.seed % 2**31 << 32) + state.global_step)
-        alpha = self._schedule.alpha(state.global_step)
+        alpha = self._running.alpha(state.global_step)
         set_guides(kwargs["model"], alpha, generator if self.stochastic else None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= self._schedule.guided:
+        if state.global_step >= self._running.guided:
             drop_guides(kwargs["model"], kwargs["optimizer"])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -6,6 +6,7 @@ The product is derived, never saved, costs the dense weight's memory, and goes a
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +29,9 @@ class PremergedLinear(StructuredLinear):
     merged: Tensor | None
     merged_rows = 0
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out), bias added, from the factors."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_rows and self._serves(x):

@@ -70,6 +70,8 @@ def test_equal_flops_of_the_published_models(layers, width, expected):
         model = GPT2LMHeadModel(config)
     dense = flops_per_token(model, 1024)
     assert dense == 2 * (12 * layers * width**2 + 32000 * width) + 4 * 1024 * width * layers
+    if width == 2048:
+        assert 3 * dense * 25.5e9 == pytest.approx(2.10e20, rel=0.005)  # the paper's own count
     for block in model.transformer.h[1:]:
         block.mlp.c_fc = LowRankLinear(width, 4 * width, width // 4, device="meta")
         block.mlp.c_proj = LowRankLinear(4 * width, width, width // 4, device="meta")
