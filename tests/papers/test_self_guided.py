@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_cosine_with_min_lr_schedule_with_warmup,
+)
 
 import llmcompress
 from llmcompress import InputError, Recipe, RunError
@@ -376,12 +384,15 @@ def converted(model, structure, init, seed=0):
 
 
 def fit(model, text, steps, seed=0, guide=None, lr=3e-3):
-    """AdamW under a cosine; guide: None, "always" or "stochastic", for the first half."""
+    """As published: AdamW, decay 0.1, clipped at 1, a tenth of warm-up, a cosine to a tenth.
+
+    guide: None, "always" or "stochastic", for the first half.
+    """
     generator, schedule = torch.Generator().manual_seed(seed), GuideSchedule(steps)
     if guide:
         attach_guides(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1)
+    rate = get_cosine_with_min_lr_schedule_with_warmup(optimizer, steps // 10, steps, min_lr_rate=0.1)
     model.train()
     for step in range(steps):
         if guide and step < schedule.guided:
@@ -392,8 +403,9 @@ def fit(model, text, steps, seed=0, guide=None, lr=3e-3):
         rows = text[start + torch.arange(CONTEXT + 1)]
         optimizer.zero_grad()
         F.cross_entropy(model(rows[:, :-1]), rows[:, -1]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        decay.step()
+        rate.step()
     return model
 
 
