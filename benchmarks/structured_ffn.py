@@ -142,17 +142,17 @@ def scratch_runs(options: argparse.Namespace) -> list[dict[str, Any]]:
     for ratio in options.ratios:
         for structure in STRUCTURES:
             runs += [{**base, "structure": structure, "ratio": ratio, "guided": guided} for guided in (False, True)]
-        runs += [wide({**base, "structure": "low_rank", "ratio": ratio})]
+        runs += wider({**base, "structure": "low_rank", "ratio": ratio})
     return runs
 
 
-def wide(run: dict[str, Any]) -> dict[str, Any]:
-    """The widest model of as many blocks whose parameters are at most those of the dense one."""
-    limit = sum(p.numel() for p in LlamaForCausalLM(config(run["width"], run["blocks"])).parameters())
+def wider(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The widest model of as many blocks whose parameters are at most those of the dense one, if it is any wider."""
+    limit = build({**run, "structure": "dense"}).num_parameters()
     width = run["width"]
-    while sum(p.numel() for p in build({**run, "width": width + 32}).parameters()) <= limit:
+    while build({**run, "width": width + 32}).num_parameters() <= limit:
         width += 32
-    return {**run, "width": width}
+    return [{**run, "width": width}] if width > run["width"] else []
 
 
 def scratch(options: argparse.Namespace) -> Table:
