@@ -1,7 +1,8 @@
 """Smaller, faster language models by factorising their weights.
 
 `import llmcompress` lets transformers' `from_pretrained` load compressed checkpoints. `apply` runs a recipe, `compress`
-and `finetune_model` work on a model in memory, `finetune_checkpoint` trains a compressed checkpoint.
+and `finetune_model` work on a model in memory, `finetune_checkpoint` trains a compressed checkpoint. `structured_ffn`
+makes a model to train from scratch, `premerge` chooses how a loaded one multiplies few rows.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ from llmcompress.errors import InputError, RunError
 if TYPE_CHECKING:
     from llmcompress.api import compress, finetune_model
     from llmcompress.finetune.command import finetune_checkpoint
+    from llmcompress.from_scratch import structured_ffn
+    from llmcompress.layers.premerge import premerge
     from llmcompress.pipeline import Outcome, apply
     from llmcompress.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Outcome", "Recipe", "RunError", "apply", "compress", "finetune_checkpoint", "finetune_model"]
+__all__ = [
+    "InputError", "Outcome", "Recipe", "RunError", "apply", "compress", "finetune_checkpoint", "finetune_model",
+    "premerge", "structured_ffn",
+]  # fmt: skip
 
 _LAZY = {
     "apply": "llmcompress.pipeline",
@@ -26,6 +32,8 @@ _LAZY = {
     "compress": "llmcompress.api",
     "finetune_model": "llmcompress.api",
     "finetune_checkpoint": "llmcompress.finetune.command",
+    "structured_ffn": "llmcompress.from_scratch",
+    "premerge": "llmcompress.layers.premerge",
     "Recipe": "llmcompress.recipe",
 }
 

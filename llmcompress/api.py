@@ -32,7 +32,7 @@ def compress(
     *,
     method: str = "svd_llm",
     ratio: float = 0.3,
-    targets: Sequence[str] = ("attention", "ffn"),
+    targets: Sequence[str] | None = None,
     calibration: dict[str, Any] | None = None,
     tokens: Tensor | None = None,
     block_recovery: dict[str, Any] | None = None,
@@ -42,12 +42,14 @@ def compress(
 ) -> PreTrainedModel:
     """Compresses a transformers model in place and returns it; `save_pretrained` then writes a compressed checkpoint.
 
-    ratio: fraction of the targeted parameters removed. calibration: keys of a recipe's `calibration` section, read
-    with `tokenizer`; or `tokens` (sequences, length) int64 directly. block_recovery: keys of that section. options:
-    `allocation`, `propagate` and the method's own.
+    ratio: fraction of the targeted parameters removed. targets: as in a recipe; the method's own if absent.
+    calibration: keys of a recipe's `calibration` section, read with `tokenizer`; or `tokens` (sequences, length) int64
+    directly. block_recovery: keys of that section. options: `allocation`, `propagate` and the method's own.
     InputError for anything that a recipe with the same values would be refused for; the model is then unchanged.
     """
-    step = {"method": method, "ratio": ratio, "targets": list(targets), **options}
+    step = {"method": method, "ratio": ratio, **options}
+    if targets is not None:
+        step["targets"] = list(targets)
     recipe = Recipe.parse(
         {
             "model": "in memory",

@@ -27,6 +27,7 @@ class Entry:
     group: str = ""
     port: str = ""
     summary: str = ""
+    targets: tuple[str, ...] = ("attention", "ffn")  # a compressor's, where a recipe names none
 
     @property
     def module(self) -> str:
@@ -61,6 +62,8 @@ _ENTRIES = (
           summary="SVD whitened by the Grams of inputs and output gradients: the least loss to second order"),
     Entry("cospadi", "compressor", "llmcompress.compressors.cospadi:CoSpaDi", "2509.22075", "dictionary",
           summary="sparse dictionary of the whitened weight, one for all that read the same input"),
+    Entry("structured_ffn", "compressor", "llmcompress.compressors.structured_ffn:StructuredFFN", "2406.16450", "block",
+          summary="feed-forward weights as low-rank, BlockDense or BlockShuffle layers", targets=("ffn",)),
     Entry("uniform", "allocation", "llmcompress.compressors.allocation.uniform:Uniform",
           summary="every unit the same ratio"),
     Entry("svd_llm_v2", "allocation", "llmcompress.compressors.allocation.svd_llm_v2:SVDLLMV2", "2503.12340",
@@ -100,6 +103,8 @@ _ENTRIES = (
     Entry("kronecker_sbl", "backend", "llmcompress.backends.regression.kronecker_sbl:KroneckerSBLCoder", "2307.14719",
           "regression", "sparse coder", summary="sparse Bayesian codes whose support is a Kronecker product"),
     Entry("low_rank", "layer", "llmcompress.layers.low_rank:LowRankLinear"),
+    Entry("block_dense", "layer", "llmcompress.layers.block:BlockDenseLinear"),
+    Entry("block_shuffle", "layer", "llmcompress.layers.block:BlockShuffleLinear"),
     Entry("sparse_dictionary", "layer", "llmcompress.layers.sparse_dictionary:SparseDictionaryLinear"),
 )  # fmt: skip
 

@@ -33,7 +33,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-S = TypeVar("S", bound=Section)
+S = TypeVar("S", bound=BaseModel)
 
 
 class Choice(BaseModel):
@@ -110,6 +110,15 @@ class Compress(BaseModel):
             return {**value, "targets": [value["targets"]]}
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_targets(cls, value: Any) -> Any:
+        """Those of the method where none are given."""
+        if not isinstance(value, dict) or "targets" in value:
+            return value
+        own = [e.targets for e in catalog.entries() if e.kind == "compressor" and e.name == value.get("method")]
+        return {**value, "targets": list(own[0])} if own else value
+
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
@@ -154,6 +163,16 @@ class BlockRecovery(Section):
     lr: float = Field(1e-3, gt=0, description="peak learning rate of Adam; falls to zero by a cosine")
 
 
+class SelfGuided(Section):
+    """A dense guide beside each structured layer while it trains, which fades and is deleted."""
+
+    fraction: float = Field(0.5, gt=0, lt=1, description="share of the steps in which there is a guide")
+    shape: Literal["cosine", "linear"] = Field("cosine", description="how the guide's weight falls from 1 to 0")
+    stochastic: bool = Field(
+        True, description="each layer uses its guide with the probability that is its weight: half the cost"
+    )
+
+
 class Finetune(Section):
     """Training after compression."""
 
@@ -189,6 +208,15 @@ class Finetune(Section):
     )
     patience: int | None = Field(None, ge=1, description="stop after so many validations without a gain")
     lora_rank: int = Field(16, ge=1, description="lora: rank of the adapters")
+    self_guided: SelfGuided | None = Field(None, description="lrc, full: guide the structured layers by dense ones")
+
+    @model_validator(mode="after")
+    def _guides_what_trains(self) -> Self:
+        if self.self_guided is not None and self.method not in ("lrc", "full"):
+            raise ValueError(f"self_guided: guides layers that train; use method lrc or full, not {self.method}")
+        if self.self_guided is not None and self.patience is not None:
+            raise ValueError("self_guided: the layers gain little before the guide has gone; leave patience out")
+        return self
 
 
 class Recipe(Section):

@@ -39,5 +39,7 @@ def _alternatives(definitions: dict[str, Any], base: dict[str, Any], kind: str, 
         alternative["properties"] |= options.get("properties", {})
         name = {"const": entry.name, "description": entry.summary}
         alternative["properties"][key] = {**base["properties"][key], **name}
+        if kind == "compressor":
+            alternative["properties"]["targets"]["default"] = list(entry.targets)
         found.append(alternative)
     return found

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmcompress_kernels import dispatch
 from llmcompress_kernels.checks import check_input, check_shape
+from llmcompress_kernels.shared import cast
 
 
 def reference(x: Tensor, weight: Tensor, interleaved: bool) -> Tensor:
@@ -81,6 +82,8 @@ def block_dense_linear(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None = No
     x (..., d_in), any strides; V (B, r / B, d_in / B); U (d_out, r); bias (d_out,). Accumulates in float32.
     Differentiable in x, V, U and bias. ValueError naming the argument if shapes, dtypes or devices do not fit.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        x, V, U = cast(x, V, U)
     _check(x, V, U, bias, 2)
     check_shape("U", U, (U.shape[0], V.shape[0] * V.shape[1]))
     check_shape("bias", bias, (U.shape[0],))
@@ -94,13 +97,15 @@ def block_shuffle_linear(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None = 
     x (..., d_in), any strides; V (B, h, d_in / B); U (B, d_out / B, h); bias (d_out,). Accumulates in float32.
     Differentiable in x, V, U and bias. ValueError naming the argument if shapes, dtypes or devices do not fit.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        x, V, U = cast(x, V, U)
     _check(x, V, U, bias, 3)
     check_shape("U", U, (V.shape[0], U.shape[1], V.shape[1]))
     d_out = U.shape[0] * U.shape[1]
     check_shape("bias", bias, (d_out,))
     z = _product(x.reshape(-1, x.shape[-1]), V, False)
     y = _product(z, U, True).view(*x.shape[:-1], d_out)
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _check(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, dimensions: int) -> None:

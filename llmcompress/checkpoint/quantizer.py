@@ -83,6 +83,11 @@ class LLMCompressQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """Whether any Trainer may train the model as it is: packed codes need `finetune_model`."""
+        return not any(spec.get("packed") for spec in self.quantization_config.sites.values())
+
+    @property
     def is_compileable(self) -> bool:
         return True
 

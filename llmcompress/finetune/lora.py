@@ -67,6 +67,10 @@ def units(layers: dict[str, StructuredLinear]) -> list[Unit]:
 
 def _check_room(unit: Unit, rank: int) -> None:
     for name, layer in unit.items():
+        if not isinstance(layer, (LowRankLinear, SparseDictionaryLinear)):
+            raise InputError(
+                f"finetune.method: lora cannot make an adapter part of a {layer.kind} layer; use lrc or full"
+            )
         if isinstance(layer, LowRankLinear):
             most = min(layer.d_in, sum(member.d_out for member in unit.values()))
             if layer.rank + len(unit) * rank > most:

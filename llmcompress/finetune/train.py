@@ -23,6 +23,7 @@ from llmcompress.errors import InputError, RunError
 from llmcompress.finetune.data import check_teacher, check_tokens, split
 from llmcompress.finetune.lora import add_adapters, drop_adapters, fold_adapters
 from llmcompress.finetune.lrc import freeze_to_lrc, optimizer_bytes, pack_layers, trainable, unpack_layers
+from llmcompress.finetune.self_guided import GUIDE, GuideSchedule, SelfGuidedCallback
 from llmcompress.finetune.trainer import FinetuneTrainer, last_checkpoint, perplexity, training_arguments
 from llmcompress.models.load import quiet_transformers
 from llmcompress.recipe import Finetune
@@ -94,7 +95,9 @@ def train(
     learns_from = teacher if section.loss == "kd" else None
     with quiet_transformers():
         with _trainable(model):
-            trainer = FinetuneTrainer(prepared, args, section, rows, held_out, learns_from, progress or Silent())
+            trainer = FinetuneTrainer(
+                prepared, args, section, rows, held_out, learns_from, progress or Silent(), _guidance(section, seed)
+            )
         result = _run(trainer, folder)
     finish(prepared, section, result.kept > 0)
     return result
@@ -111,6 +114,13 @@ def prepare(model: PreTrainedModel, section: Finetune, seed: int) -> nn.Module:
     model.requires_grad_(True)
     unpack_layers(model)
     return model
+
+
+def _guidance(section: Finetune, seed: int) -> SelfGuidedCallback | None:
+    if (guided := section.self_guided) is None:
+        return None
+    schedule = GuideSchedule(section.steps, guided.fraction, guided.shape)
+    return SelfGuidedCallback(schedule, stochastic=guided.stochastic, seed=seed)
 
 
 def finish(model: nn.Module, section: Finetune, gained: bool) -> None:
@@ -185,7 +195,8 @@ def _before(trainer: FinetuneTrainer, folder: Path) -> float | None:
         raise RunError("the validation loss is not finite before any training: check the model")
     if trainer.is_world_process_zero():
         part = path.with_suffix(".part")
-        values = {name: parameter.detach().cpu() for name, parameter in trainable(trainer.model)}
+        own = [item for item in trainable(trainer.model) if not item[0].endswith(f".{GUIDE}")]
+        values = {name: parameter.detach().cpu() for name, parameter in own}
         with disk_errors(path):
             save_file(values, part, {"validation": repr(loss)})
             replace_durably(part, path)

@@ -19,6 +19,7 @@ from llmcompress.errors import RunError
 from llmcompress.finetune.losses import block_output_loss, distillation_loss, next_token_loss
 from llmcompress.finetune.lrc import trainable
 from llmcompress.finetune.optimizers import build_optimizer
+from llmcompress.finetune.self_guided import SelfGuidedCallback
 from llmcompress.recipe import Finetune
 from llmcompress.workspace import disk_errors, sync
 
@@ -52,12 +53,15 @@ class FinetuneTrainer(Trainer):
         validation: Tensor | None,
         teacher: PreTrainedModel | None,
         progress: Progress,
+        guidance: SelfGuidedCallback | None = None,
     ) -> None:
-        self.section, self.teacher = section, teacher
+        self.section, self.teacher, self.guidance = section, teacher, guidance
         tokens = args.world_size * section.batch * section.accumulation * section.length
         callbacks: list[TrainerCallback] = [ProgressCallback(progress, tokens)]
         if section.patience is not None and validation is not None:
             callbacks.append(EarlyStoppingCallback(section.patience))
+        if guidance is not None:
+            callbacks.append(guidance)
         held_out = Rows(validation) if validation is not None else None
         super().__init__(model, args, train_dataset=Rows(train), eval_dataset=held_out, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
@@ -115,6 +119,8 @@ class FinetuneTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save and not ended:
+                if self.guidance is not None:
+                    self.guidance.save(self.model, folder)
                 for path in folder.rglob("*"):
                     sync(path)
                 (folder / COMPLETE).touch()
@@ -184,6 +190,7 @@ def training_arguments(section: Finetune, folder: Path, device: str, seed: int, 
         max_grad_norm=section.clip,
         bf16=section.bf16,
         gradient_checkpointing=section.gradient_checkpointing or None,
+        ddp_find_unused_parameters=section.self_guided is not None or None,
         seed=seed % 2**32,
         data_seed=seed % 2**32,
         use_cpu=device == "cpu",

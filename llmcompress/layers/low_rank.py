@@ -9,10 +9,10 @@ from llmcompress_kernels.low_rank import low_rank_forward
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
-from llmcompress.layers.base import StructuredLinear
+from llmcompress.layers.premerge import PremergedLinear
 
 
-class LowRankLinear(StructuredLinear):
+class LowRankLinear(PremergedLinear):
     """y = x A B + bias with A (d_in, r) and B (r, d_out), or the pivot form of the same product.
 
     Pivot form: p of the coordinates of z = x A are outputs themselves, so that B keeps only the other d_out - p
@@ -129,7 +129,7 @@ class LowRankLinear(StructuredLinear):
             raise InputError(f"corrupt pivot mask: {int(mask.sum())} outputs marked, {self.pivot_count} expected")
         self.index = torch.cat((mask.nonzero(), (~mask).nonzero())).squeeze(1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.d_in:
             raise InputError(f"the last dimension of x must be d_in = {self.d_in}; got shape {tuple(x.shape)}")
         return low_rank_forward(x, self.A, self.B, self.bias, self.index if self.pivot_count else None, self.offset)
