@@ -52,7 +52,7 @@ def analyse(model: PreTrainedModel) -> Structure:
 
     InputError if the model has no stack of repeated blocks with linear maps in them.
     """
-    skeleton = _skeleton(model)
+    skeleton = weightless(model)
     blocks = _find_blocks(skeleton)
     try:
         calls, tuple_output = _trace(skeleton, blocks)
@@ -71,7 +71,7 @@ def dimensions(module: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
-def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
+def weightless(model: PreTrainedModel) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         skeleton = type(model)(model.config)
     for _, module in skeleton.named_modules():

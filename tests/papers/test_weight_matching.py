@@ -206,7 +206,7 @@ def trained(digits, widths, seed, epochs=40):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = mlp(64, *widths, 10)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-3)
         for _ in range(epochs):
             for rows in torch.randperm(len(x)).split(64):
                 optimizer.zero_grad()

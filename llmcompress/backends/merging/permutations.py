@@ -51,6 +51,11 @@ class PermutationSpec:
             if found == group and name not in self.unmatched
         ]
 
+    def neighbours(self, group: str) -> set[str]:
+        """The other groups that share a parameter with this one."""
+        shared = [self.axes[name] for name, _ in self.members(group)]
+        return {other for groups in shared for other in groups if other is not None} - {group}
+
     def sizes(self, state: State) -> dict[str, int]:
         """Length of every group. InputError if the state lacks a parameter, or axes of a group differ in length."""
         found: dict[str, tuple[int, str]] = {}

@@ -30,7 +30,7 @@ GAIN = 1e-9  # of the largest inner product: a smaller gain is rounding
 class Matching:
     """permutation: aligns b to a. objective: <a, pi(b)> at the start and after every accepted group, never falling.
 
-    sweeps: passes over all groups, the last of which changed nothing unless the limit was reached.
+    sweeps: passes over the groups; a group is passed over while none that shares a parameter with it has changed.
     """
 
     permutation: Permutation
@@ -53,12 +53,14 @@ def weight_matching(
     objective = [sum(float((a[name].double() * moved[name].double()).sum()) for name in a)]
     generator = torch.Generator().manual_seed(seed)
     found = Matching(permutation, objective)
-    changed = True
-    while changed and found.sweeps < max_iter:
+    open_groups = set(spec.groups)  # those whose problem has changed since they were matched
+    while open_groups and found.sweeps < max_iter:
         found.sweeps += 1
-        changed = False
         for index in torch.randperm(len(spec.groups), generator=generator).tolist():
             group = spec.groups[index]
+            if group not in open_groups:
+                continue
+            open_groups.remove(group)
             gains = torch.stack([
                 cross(a[name], spec.apply_to(name, b[name], permutation, without=group), axis)
                 for name, axis in spec.members(group)
@@ -68,7 +70,7 @@ def weight_matching(
             if gain > GAIN * float(gains.abs().max()):
                 permutation[group] = best
                 objective.append(objective[-1] + gain)
-                changed = True
+                open_groups |= spec.neighbours(group)
     return found
 
 
