@@ -61,7 +61,7 @@ class Alignment:
 
     def apply_to(self, name: str, tensor: Tensor, groups: Groups) -> Tensor:
         """A parameter of the aligned model; a rotation is applied in float64, and the result is in its dtype."""
-        for axis, group in enumerate(groups.axes[name]):
+        for axis, group in enumerate(groups.axes.get(name, ())):
             if group == RESIDUAL and self.rotation is not None:
                 if name not in groups.gains:
                     rotation = self.rotation.to(tensor.device)

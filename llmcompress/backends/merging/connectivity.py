@@ -56,23 +56,28 @@ def l2_ratio(a: State, b: State, matched: State) -> float:
 
 @dataclass(frozen=True)
 class SingularVectors:
-    """Singular vectors whose value is at least gamma of the largest: left (m, k), right (k, n), float64."""
+    """Of a matrix (m, n): left (m, p), right (p, n), values (p,) descending, float64."""
 
     left: Tensor
     right: Tensor
+    values: Tensor
 
     @classmethod
-    def of(cls, matrix: Tensor, gamma: float) -> SingularVectors:
-        """InputError unless 0 <= gamma <= 1."""
+    def of(cls, matrix: Tensor) -> SingularVectors:
+        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        return cls(u, vh, s)
+
+    def kept(self, gamma: float) -> int:
+        """How many singular values are at least gamma of the largest. InputError unless 0 <= gamma <= 1."""
         if not 0 <= gamma <= 1:
             raise InputError(f"gamma must be in [0, 1], a share of the largest singular value; got {gamma}")
-        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-        kept = s >= gamma * s[0]
-        return cls(u[:, kept], vh[kept])
+        return int((self.values >= gamma * self.values[0]).sum())
 
-    def meets(self, other: SingularVectors) -> float:
-        """sum over i, j of (u_i . u'_j) (v_i . v'_j)."""
-        return float(((self.left.T @ other.left) * (self.right @ other.right.T)).sum())
+    def meets(self, other: SingularVectors, gamma: float) -> tuple[float, float]:
+        """sum_ij (u_i . u'_j)(v_i . v'_j) over the k and k' kept vectors, and sqrt(k k'), which it cannot exceed."""
+        k, l = self.kept(gamma), other.kept(gamma)
+        left, right = self.left[:, :k].T @ other.left[:, :l], self.right[:k] @ other.right[:l].T
+        return float((left * right).sum()), (k * l) ** 0.5
 
 
 def r_metric(a: State, b: State, names: Sequence[str], gamma: float = 0.0) -> float:
@@ -82,9 +87,7 @@ def r_metric(a: State, b: State, names: Sequence[str], gamma: float = 0.0) -> fl
     singular values are at least gamma of the layer's largest; convolutions as (channels, the rest). float64.
     Source: arXiv 2402.04051, section 4 (the normaliser is this project's, so that R(a, a) = 1).
     """
-    met = bound = 0.0
-    for name in names:
-        left, right = (SingularVectors.of(state[name].flatten(1), gamma) for state in (a, b))
-        met += left.meets(right)
-        bound += (left.left.shape[1] * right.left.shape[1]) ** 0.5
-    return met / bound
+    pairs = [
+        SingularVectors.of(a[name].flatten(1)).meets(SingularVectors.of(b[name].flatten(1)), gamma) for name in names
+    ]
+    return sum(met for met, _ in pairs) / sum(bound for _, bound in pairs)
