@@ -61,6 +61,8 @@ _ENTRIES = (
           summary="SVD whitened by the Grams of inputs and output gradients: the least loss to second order"),
     Entry("cospadi", "compressor", "llmcompress.compressors.cospadi:CoSpaDi", "2509.22075", "dictionary",
           summary="sparse dictionary of the whitened weight, one for all that read the same input"),
+    Entry("layer_sharing", "compressor", "llmcompress.compressors.layer_sharing:LayerSharing", "2209.04836", "merging",
+          summary="neighbouring blocks share the mean of their matrices, neurons and heads aligned first"),
     Entry("uniform", "allocation", "llmcompress.compressors.allocation.uniform:Uniform",
           summary="every unit the same ratio"),
     Entry("svd_llm_v2", "allocation", "llmcompress.compressors.allocation.svd_llm_v2:SVDLLMV2", "2503.12340",
@@ -94,6 +96,7 @@ _ENTRIES = (
     Entry("kronecker_sbl", "backend", "llmcompress.backends.regression.kronecker_sbl:KroneckerSBLCoder", "2307.14719",
           "regression", "sparse coder", summary="sparse Bayesian codes whose support is a Kronecker product"),
     Entry("low_rank", "layer", "llmcompress.layers.low_rank:LowRankLinear"),
+    Entry("shared", "layer", "llmcompress.layers.shared:SharedLinear"),
     Entry("sparse_dictionary", "layer", "llmcompress.layers.sparse_dictionary:SparseDictionaryLinear"),
 )  # fmt: skip
 

@@ -11,15 +11,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from sklearn.datasets import load_digits
 from torch import nn
 
+from llmcompress.backends.merging.alignment import aligned, folded, mean
 from llmcompress.backends.merging.connectivity import barrier, l2_ratio, r_metric
+from llmcompress.backends.merging.decoder_matching import match_decoder
 from llmcompress.backends.merging.permutations import PermutationSpec, assign, chain_spec, cross, mlp_spec
 from llmcompress.backends.merging.repair import repair, reset_batch_norm
 from llmcompress.backends.merging.ste_matching import ste_matching
 from llmcompress.backends.merging.weight_matching import activation_matching, merge, merge_many, weight_matching
+from llmcompress.calibration.text import python_docs
 from llmcompress.errors import InputError
+from llmcompress.models.symmetry import RESIDUAL, find_groups
+from tests.scramble import noisy, reading, scrambled, with_values
 
 
 def generator(seed):
@@ -334,6 +340,116 @@ def test_repair_restores_statistics_and_lowers_the_half_barrier(digits):
             found = repaired[2](repaired[1](repaired[0](x)))
         torch.testing.assert_close(found.mean(0), (wanted[0].mean(0) + wanted[1].mean(0)) / 2, rtol=0, atol=1e-4)
         torch.testing.assert_close(found.std(0), (wanted[0].std(0) + wanted[1].std(0)) / 2, rtol=0, atol=1e-4)
+
+
+# --- decoders --------------------------------------------------------------------------------------------------------
+
+
+def test_unrelated_tiny_llamas_come_closer_and_stay_apart():
+    """Byte-level, trained from different initialisations: the barrier falls, and is far from zero."""
+    text = torch.tensor(list(python_docs("calibration")[0].encode()[:200_000]))
+    held_out = torch.tensor(list(python_docs("test")[0].encode()[:4096])).view(-1, 128)
+    nets = [tiny_llama(text, seed) for seed in range(3)]
+    groups = find_groups(nets[0])
+
+    def loss(state):
+        with torch.no_grad():
+            logits = torch.func.functional_call(nets[0], dict(state), kwargs={"input_ids": held_out}).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), held_out[:, 1:].flatten()).item()
+
+    def values(read):
+        return {name: read(name) for name in groups.axes}
+
+    for first, second in in_pairs(nets):
+        a, b = (values(reading(net)) for net in (first, second))
+        naive = barrier(a, b, loss).height
+        heights, ratios = {}, {}
+        for kind, (signed, orthogonal) in {"plain": (False, False), "signed": (True, False), "rotated": (False, True)}.items():
+            bases = [folded(reading(net), groups) if orthogonal else reading(net) for net in (first, second)]
+            found = match_decoder(groups, *bases, signed=signed, orthogonal=orthogonal)
+            matched = values(aligned(bases[1], groups, found.alignment))
+            assert abs(loss(matched) - loss(b)) <= 1e-5
+            heights[kind] = barrier(values(bases[0]), matched, loss).height / naive
+            ratios[kind] = l2_ratio(values(bases[0]), values(bases[1]), matched)
+        print({key: round(value, 3) for key, value in heights.items()}, {k: round(v, 3) for k, v in ratios.items()}, naive)
+        assert heights["plain"] <= 0.9
+        assert heights["signed"] <= 0.8
+        assert heights["rotated"] <= 0.65
+        assert ratios["signed"] <= ratios["plain"] - 0.01
+        assert ratios["rotated"] <= 0.7
+
+
+def tiny_llama(text, seed):
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=256, max_position_embeddings=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.LlamaForCausalLM(config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(300):
+            starts = torch.randint(len(text) - 64, (16,))
+            rows = torch.stack([text[start : start + 64] for start in starts])
+            optimizer.zero_grad()
+            model(input_ids=rows, labels=rows).loss.backward()
+            optimizer.step()
+    return model.eval()
+
+
+def first_blocks(model, count):
+    """The real model without its later blocks."""
+    short = copy.deepcopy(model)
+    short.model.layers = short.model.layers[:count]
+    short.config.num_hidden_layers = count
+    return short
+
+
+def undone(model, moved, signed=True):
+    groups = find_groups(model)
+    found = match_decoder(groups, reading(model), reading(moved), signed=signed)
+    return groups, found, aligned(reading(moved), groups, found.alignment)
+
+
+def test_scrambled_blocks_of_smollm2_come_back_exactly(smollm2):
+    model = first_blocks(smollm2, 3)
+    moved, _ = scrambled(model)
+    tokens = torch.arange(100, 116)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(moved(tokens).logits, model(tokens).logits, rtol=0, atol=1e-3)
+    groups, found, back = undone(model, moved)
+    assert all(torch.equal(back(name), reading(model)(name)) for name in groups.axes)
+    assert found.sweeps == 2
+
+
+@pytest.mark.slow
+def test_the_scrambled_smollm2_comes_back_exactly(smollm2):
+    moved, drawn = scrambled(smollm2)
+    tokens = torch.arange(100, 164)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(moved(tokens).logits, smollm2(tokens).logits, rtol=0, atol=1e-3)
+    groups, _, back = undone(smollm2, moved)
+    assert all(torch.equal(back(name), reading(smollm2)(name)) for name in groups.axes)
+    merged = with_values(smollm2, groups, mean([reading(smollm2), back], [0.5, 0.5]))
+    with torch.no_grad():
+        assert torch.equal(merged(tokens).logits, smollm2(tokens).logits), "so any perplexity is equal"
+
+
+@pytest.mark.slow
+def test_a_signed_scramble_of_smollm2_is_found_under_noise_and_only_by_a_signed_search(smollm2):
+    moved, drawn = scrambled(smollm2)
+    groups = find_groups(smollm2)
+    add = noisy(0.02, 3)
+    shaken = with_values(moved, groups, lambda name: add(reading(moved)(name)))
+    for signed in (True, False):
+        _, found, _ = undone(smollm2, shaken, signed)
+        right = torch.cat([found.alignment.index[g] == i.argsort() for g, i in drawn.index.items()]).double().mean()
+        if signed:
+            assert right == 1
+            inverse = drawn.index[RESIDUAL].argsort()
+            assert torch.equal(found.alignment.sign, drawn.sign[inverse])
+        else:
+            assert right < 0.6
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,8 +36,9 @@ class BlockMatch:
     values: Tensor
 
     @classmethod
-    def identity(cls, neurons: int, heads: Heads) -> BlockMatch:
-        groups, queries, d_value = heads.o.shape
+    def identity(cls, neurons: int, heads: Heads | None) -> BlockMatch:
+        """Without heads, of a block's FFN alone."""
+        groups, queries, d_value = heads.o.shape if heads is not None else (0, 0, 0)
         return cls(
             torch.arange(neurons), torch.arange(groups), torch.arange(queries).repeat(groups, 1),
             torch.arange(d_value).repeat(groups, 1),
@@ -60,6 +61,15 @@ class BlockMatch:
         parts = (self.ffn, self.groups, self.queries, self.values)
         return all(bool((part == torch.arange(part.shape[-1])).all()) for part in parts)
 
+    def then(self, other: BlockMatch) -> BlockMatch:
+        """This match, and the other of what it makes."""
+        return BlockMatch(
+            self.ffn[other.ffn],
+            self.groups[other.groups],
+            self.queries[other.groups].gather(1, other.queries),
+            self.values[other.groups].gather(1, other.values),
+        )
+
     def places(self, role: str, heads: Heads) -> Tensor:
         """The index on the flattened places of q, k, v or o."""
         source = torch.arange(getattr(heads, role).numel()).view(getattr(heads, role).shape)[self.groups]
@@ -72,19 +82,37 @@ class BlockMatch:
         return source.flatten()
 
 
-def match_layers(a: Maps, b: Maps, heads: Heads) -> tuple[BlockMatch, float]:
+def match_layers(a: Maps, b: Maps, heads: Heads | None) -> tuple[BlockMatch, float]:
     """The best match of block b to block a on the same residual stream, and what it gains on <a, pi(b)>.
 
     The FFN is one assignment. Of two key-value groups the value is that of the best order of the queries, each with an
     assignment of the value dimensions inside (all orders up to 120, otherwise that which matches the queries); then the
-    groups are assigned. A part that would gain no more than rounding stays as it is.
+    groups are assigned. A part that would gain no more than rounding, or that the maps lack, stays as it is.
     """
-    ffn, gain_ffn = _match_ffn(a, b)
-    kept = BlockMatch.identity(len(ffn), heads)
-    groups, queries, values, gain = _match_attention(a, b, heads)
-    if gain <= 0:
-        return BlockMatch(ffn, kept.groups, kept.queries, kept.values), gain_ffn
-    return BlockMatch(ffn, groups, queries, values), gain_ffn + gain
+    found = BlockMatch.identity(a["down"].shape[1] if "down" in a else 0, heads)
+    total = 0.0
+    if "down" in a:
+        ffn, total = _match_ffn(a, b)
+        found = replace(found, ffn=ffn)
+    if heads is not None:
+        groups, queries, values, gain = _match_attention(a, b, heads)
+        if gain > 0:
+            found, total = replace(found, groups=groups, queries=queries, values=values), total + gain
+    return found, total
+
+
+def permuted(maps: Maps, match: BlockMatch, heads: Heads | None) -> dict[str, Tensor]:
+    """A block's maps in the order of the match: the same function."""
+    moved = dict(maps)
+    for role in maps.keys() & {"gate", "up"}:
+        moved[role] = maps[role][match.ffn.to(maps[role].device)]
+    if "down" in maps:
+        moved["down"] = maps["down"][:, match.ffn.to(maps["down"].device)]
+    if heads is not None:
+        for role in ("q", "k", "v"):
+            moved[role] = maps[role][match.places(role, heads).to(maps[role].device)]
+        moved["o"] = maps["o"][:, match.places("o", heads).to(maps["o"].device)]
+    return moved
 
 
 def _match_ffn(a: Maps, b: Maps) -> tuple[Tensor, float]:

@@ -1,0 +1,216 @@
+"""Neighbouring blocks share the mean of their matrices, neurons and heads aligned first; each keeps its own norms.
+
+Sources: the matching is Git Re-Basin's (arXiv 2209.04836) between two blocks of one model, on the symmetries of
+arXiv 2506.22712; see `match_layers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+from llmcompress.backends.merging.block_matching import BlockMatch, match_layers, permuted
+from llmcompress.backends.merging.weight_matching import weighted_mean
+from llmcompress.errors import InputError
+from llmcompress.layers.shared import SharedLinear
+from llmcompress.models.symmetry import Heads
+from llmcompress.types import ATTENTION_ROLES, FFN_ROLES, Budget, Compressed, Problem, Profile, Site
+
+ROUNDS = 20  # of matching every block to the mean of the others
+WITH_BIAS = ("q", "k", "v", "gate", "up", "gate_up")  # roles whose bias follows the order of the rows
+
+
+class LayerSharingOptions(BaseModel, extra="forbid"):
+    layers: int = Field(default=2, ge=2, description="neighbouring blocks that share; a last one joins those before it")
+    match: bool = Field(default=True, description="align neurons and heads before the mean is taken")
+
+
+def share(blocks: Sequence[dict[str, Tensor]], heads: Heads | None) -> tuple[dict[str, Tensor], list[BlockMatch]]:
+    """The mean of blocks' maps after matching, and the match of every block: the first stays as it is.
+
+    blocks: role -> (d_out, d_in), as `match_layers` takes them; heads None where no attention is among them. Every
+    block is matched to the mean of the others until no inner product grows.
+    """
+    neurons = blocks[0]["down"].shape[1] if "down" in blocks[0] else 0
+    matches = [BlockMatch.identity(neurons, heads) for _ in blocks]
+    moved = list(blocks)
+    for _ in range(ROUNDS):
+        gained = False
+        for index in range(1, len(blocks)):
+            others = mean_of([block for i, block in enumerate(moved) if i != index])
+            match, gain = match_layers(others, moved[index], heads)
+            if gain > 0:
+                matches[index] = matches[index].then(match)
+                moved[index] = permuted(blocks[index], matches[index], heads)
+                gained = True
+        if not gained or len(blocks) == 2:
+            break
+    return mean_of(moved), matches
+
+
+def mean_of(blocks: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {role: weighted_mean([block[role] for block in blocks], [1 / len(blocks)] * len(blocks)) for role in blocks[0]}
+
+
+class LayerSharing:
+    """A unit is the targeted sites of `layers` neighbouring blocks; it stores those of one block, or stays dense."""
+
+    Options: ClassVar[type[LayerSharingOptions]] = LayerSharingOptions
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, options: LayerSharingOptions | None = None) -> None:
+        self.options = options or LayerSharingOptions()
+
+    def units(self, sites: Sequence[Site]) -> list[list[Site]]:
+        """InputError for a block without a targeted neighbour of its layout, or half of an attention or FFN."""
+        blocks: dict[int, list[Site]] = {}
+        for site in sites:
+            blocks.setdefault(site.block, []).append(site)
+        runs: list[list[list[Site]]] = []
+        for index, own in sorted(blocks.items()):
+            if self.options.match:
+                _check_whole(own)
+            previous = runs[-1][-1] if runs else None
+            if previous and previous[0].block == index - 1 and _layout(previous) == _layout(own):
+                runs[-1].append(own)
+            else:
+                runs.append([own])
+        return [unit for run in runs for unit in self._split(run)]
+
+    def _split(self, run: list[list[Site]]) -> list[list[Site]]:
+        if len(run) < 2:
+            raise InputError(
+                f"{run[0][0].name}: no targeted neighbour of the same layout to share with; target two blocks in a row, "
+                "for instance layers\\.(10|11)\\."
+            )
+        count = max(1, len(run) // self.options.layers)
+        starts = [i * self.options.layers for i in range(count)] + [len(run)]
+        return [
+            [site for block in run[start:stop] for site in block]
+            for start, stop in zip(starts[:-1], starts[1:], strict=True)
+        ]
+
+    def costs(self, sites: Sequence[Site]) -> Tensor:
+        first = sum(site.dense_values for site in sites if site.block == sites[0].block)
+        return torch.tensor([first, first], dtype=torch.float64)
+
+    def profile(self, problem: Problem) -> Profile:
+        """One value: the distance of the blocks' matched matrices to their mean."""
+        blocks, heads = self._blocks(problem)
+        mean, matches = self._share(blocks, heads)
+        moved = [permuted(block, match, heads) for block, match in zip(blocks, matches, strict=True)]
+        squares = sum(float((block[role].double() - mean[role].double()).square().sum()) for block in moved for role in mean)
+        spectrum = torch.tensor([squares], dtype=torch.float64).sqrt()
+        costs = self.costs(problem.sites)
+        return Profile(
+            problem.sites, spectrum, costs, sum(site.dense_values for site in problem.sites), spectrum.square().repeat(2)
+        )
+
+    def plan(self, sites: Sequence[Site], budget: Budget) -> dict[str, Any]:
+        dense, shared = sum(site.dense_values for site in sites), float(self.costs(sites)[0])
+        if budget.values >= dense:
+            return {"blocks": None, "values": float(dense)}
+        if budget.values < shared:
+            blocks = len({site.block for site in sites})
+            raise InputError(
+                f"{sites[0].name}: {blocks} blocks that share keep {shared:.0f} values, more than the budget of "
+                f"{budget.values:.0f}; lower ratio, or more layers"
+            )
+        return {"blocks": len({site.block for site in sites}), "values": shared}
+
+    def compress(self, problem: Problem, budget: Budget, generator: torch.Generator) -> Compressed:
+        sites = problem.sites
+        if self.plan(sites, budget)["blocks"] is None:
+            note = f"{problem.name}: left dense, its budget of {budget.values:.0f} values holds the dense weights"
+            return Compressed([None] * len(sites), [note])
+        blocks, heads = self._blocks(problem)
+        mean, matches = self._share(blocks, heads)
+        owners: dict[str, tuple[str, nn.Parameter]] = {}
+        layers: list[SharedLinear | None] = []
+        numbers = sorted({site.block for site in sites})
+        for site, weight, bias in zip(sites, problem.weights, problem.biases, strict=True):
+            match = matches[numbers.index(site.block)]
+            if site.role not in owners:
+                value = _joined(mean, site)[:, : site.d_in].to(weight.dtype).contiguous()
+                owners[site.role] = site.name, nn.Parameter(value)
+                shared = None
+            else:
+                shared = {"weight": owners[site.role][0]}
+            layers.append(SharedLinear.from_weight(owners[site.role][1], _moved_bias(site, bias, match, heads), shared))
+        before, after = _cosine(blocks), _cosine([permuted(b, m, heads) for b, m in zip(blocks, matches, strict=True)])
+        note = f"blocks {numbers[0]} to {numbers[-1]} share their matrices; cosine {before:.3f} as given, {after:.3f} aligned"
+        return Compressed(list(layers), [note])
+
+    def _share(
+        self, blocks: list[dict[str, Tensor]], heads: Heads | None
+    ) -> tuple[dict[str, Tensor], list[BlockMatch]]:
+        if self.options.match:
+            return share(blocks, heads)
+        neurons = blocks[0]["down"].shape[1] if "down" in blocks[0] else 0
+        return mean_of(blocks), [BlockMatch.identity(neurons, heads) for _ in blocks]
+
+    def _blocks(self, problem: Problem) -> tuple[list[dict[str, Tensor]], Heads | None]:
+        """The maps of every block, and the heads they have in common."""
+        found: dict[int, dict[str, Tensor]] = {}
+        for site, weight, bias in zip(problem.sites, problem.weights, problem.biases, strict=True):
+            if not torch.isfinite(weight).all():
+                raise InputError(f"{site.name}: its weight is not finite")
+            follows = bias is not None and site.role in WITH_BIAS
+            full = torch.cat((weight, bias[:, None].to(weight)), 1) if follows and bias is not None else weight
+            maps = found.setdefault(site.block, {})
+            if site.role == "gate_up":
+                maps["gate"], maps["up"] = full.chunk(2)
+            else:
+                maps[site.role] = full
+        first = {site.role: site for site in problem.sites if site.block == problem.sites[0].block}
+        if not {"q", "k", "v", "o"} <= first.keys() or not first["o"].d_head:
+            return list(found.values()), None
+        groups = first["v"].d_out // first["o"].d_head
+        rows = [first[role].d_out for role in ("q", "k", "v")]
+        return list(found.values()), Heads.plain(*rows, first["o"].d_in, first["o"].d_in // first["o"].d_head, groups)
+
+
+def _layout(sites: Sequence[Site]) -> list[tuple[str, int, int, bool]]:
+    return [(site.role, site.d_in, site.d_out, site.bias) for site in sites]
+
+
+def _check_whole(sites: Sequence[Site]) -> None:
+    """Neurons and heads are reordered in all the maps that see them, or in none."""
+    targeted = {site.role for site in sites}
+    if "other" in targeted or "qkv" in targeted:
+        name = next(site.name for site in sites if site.role in ("other", "qkv"))
+        raise InputError(f"{name}: its heads cannot be aligned; target ffn, or use match: false")
+    for part, roles in (("attention", ATTENTION_ROLES), ("ffn", FFN_ROLES)):
+        all_roles = {role for role in sites[0].block_roles if role in roles}
+        if targeted & all_roles and not all_roles <= targeted:
+            missing = ", ".join(sorted(all_roles - targeted))
+            raise InputError(f"{sites[0].name}: target {part} as a whole, {missing} too, or use match: false")
+    heads = next((site for site in sites if site.role == "o"), None)
+    if heads is not None and not heads.d_head:
+        raise InputError(f"{heads.name}: its heads are not understood; target ffn, or use match: false")
+
+
+def _joined(maps: dict[str, Tensor], site: Site) -> Tensor:
+    return torch.cat((maps["gate"], maps["up"])) if site.role == "gate_up" else maps[site.role]
+
+
+def _moved_bias(site: Site, bias: Tensor | None, match: BlockMatch, heads: Heads | None) -> Tensor | None:
+    """A block's own bias in the order of the shared rows."""
+    if bias is None or site.role in ("o", "down"):
+        return bias
+    if site.role in ("gate", "up"):
+        return bias[match.ffn.to(bias.device)]
+    if site.role == "gate_up":
+        return bias.view(2, -1)[:, match.ffn.to(bias.device)].flatten()
+    return bias if heads is None else bias[match.places(site.role, heads).to(bias.device)]
+
+
+def _cosine(blocks: Sequence[dict[str, Tensor]]) -> float:
+    """Mean cosine of the first block's maps with the others'."""
+    vectors = [torch.cat([block[role].double().flatten() for role in blocks[0]]) for block in blocks]
+    found = [float(torch.nn.functional.cosine_similarity(vectors[0], other, dim=0)) for other in vectors[1:]]
+    return sum(found) / len(found)
