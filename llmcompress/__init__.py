@@ -1,7 +1,8 @@
 """Smaller, faster language models by factorising their weights.
 
 `import llmcompress` lets transformers' `from_pretrained` load compressed checkpoints. `apply` runs a recipe, `compress`
-and `finetune_model` work on a model in memory, `finetune_checkpoint` trains a compressed checkpoint.
+and `finetune_model` work on a model in memory, `finetune_checkpoint` trains a compressed checkpoint, `merge_models`
+averages checkpoints whose symmetries are aligned first.
 """
 
 from __future__ import annotations
@@ -14,11 +15,22 @@ from llmcompress.errors import InputError, RunError
 if TYPE_CHECKING:
     from llmcompress.api import compress, finetune_model
     from llmcompress.finetune.command import finetune_checkpoint
+    from llmcompress.merge.run import merge_models
     from llmcompress.pipeline import Outcome, apply
     from llmcompress.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Outcome", "Recipe", "RunError", "apply", "compress", "finetune_checkpoint", "finetune_model"]
+__all__ = [
+    "InputError",
+    "Outcome",
+    "Recipe",
+    "RunError",
+    "apply",
+    "compress",
+    "finetune_checkpoint",
+    "finetune_model",
+    "merge_models",
+]
 
 _LAZY = {
     "apply": "llmcompress.pipeline",
@@ -26,6 +38,7 @@ _LAZY = {
     "compress": "llmcompress.api",
     "finetune_model": "llmcompress.api",
     "finetune_checkpoint": "llmcompress.finetune.command",
+    "merge_models": "llmcompress.merge.run",
     "Recipe": "llmcompress.recipe",
 }
 

@@ -33,15 +33,15 @@ def share(blocks: Sequence[dict[str, Tensor]], heads: Heads | None) -> tuple[dic
     """The mean of blocks' maps after matching, and the match of every block: the first stays as it is.
 
     blocks: role -> (d_out, d_in), as `match_layers` takes them; heads None where no attention is among them. Every
-    block is matched to the mean of the others until no inner product grows.
+    block is matched to the mean of those before it, then again and again to that of all others, until nothing gains.
     """
     neurons = blocks[0]["down"].shape[1] if "down" in blocks[0] else 0
     matches = [BlockMatch.identity(neurons, heads) for _ in blocks]
     moved = list(blocks)
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
         gained = False
         for index in range(1, len(blocks)):
-            others = mean_of([block for i, block in enumerate(moved) if i != index])
+            others = mean_of([b for i, b in enumerate(moved) if i != index and (number or i < index)])
             match, gain = match_layers(others, moved[index], heads)
             if gain > 0:
                 matches[index] = matches[index].then(match)
@@ -53,7 +53,9 @@ def share(blocks: Sequence[dict[str, Tensor]], heads: Heads | None) -> tuple[dic
 
 
 def mean_of(blocks: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {role: weighted_mean([block[role] for block in blocks], [1 / len(blocks)] * len(blocks)) for role in blocks[0]}
+    return {
+        role: weighted_mean([block[role] for block in blocks], [1 / len(blocks)] * len(blocks)) for role in blocks[0]
+    }
 
 
 class LayerSharing:
@@ -103,11 +105,17 @@ class LayerSharing:
         blocks, heads = self._blocks(problem)
         mean, matches = self._share(blocks, heads)
         moved = [permuted(block, match, heads) for block, match in zip(blocks, matches, strict=True)]
-        squares = sum(float((block[role].double() - mean[role].double()).square().sum()) for block in moved for role in mean)
+        squares = sum(
+            float((block[role].double() - mean[role].double()).square().sum()) for block in moved for role in mean
+        )
         spectrum = torch.tensor([squares], dtype=torch.float64).sqrt()
         costs = self.costs(problem.sites)
         return Profile(
-            problem.sites, spectrum, costs, sum(site.dense_values for site in problem.sites), spectrum.square().repeat(2)
+            problem.sites,
+            spectrum,
+            costs,
+            sum(site.dense_values for site in problem.sites),
+            spectrum.square().repeat(2),
         )
 
     def plan(self, sites: Sequence[Site], budget: Budget) -> dict[str, Any]:

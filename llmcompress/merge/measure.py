@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,12 @@ from llmcompress.backends.merging.alignment import Read, mean
 from llmcompress.backends.merging.connectivity import POINTS, SingularVectors, barrier_along
 from llmcompress.backends.report import Curve, Report
 from llmcompress.engine import Progress
+from llmcompress.errors import InputError
 from llmcompress.merge.sources import Source, mean_loss
 from llmcompress.models.structure import Structure
 
 GAMMAS = (0.0, 0.3, 0.5)
+PLOTS = (".png", ".svg", ".pdf")
 
 
 def distances(
@@ -122,9 +125,16 @@ def measure_barrier(
     return {"as_given": along(bases, "as given"), "matched": along(views, "matched")}
 
 
-def save_plot(found: dict[str, Any] | None, path: Path) -> None:
-    """Draws the losses along both paths; without any, only checks that it could. Errors as `Report.save_plot`."""
+def check_plot(path: Path) -> None:
+    """InputError, before anything is computed, if no plot can be drawn there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("merge.plot: needs matplotlib: pip install 'llmcompress[report]'")
+    if path.suffix not in PLOTS or not path.absolute().parent.is_dir():
+        raise InputError(f"merge.plot: {path} is no {', '.join(PLOTS)} file in an existing folder")
+
+
+def save_plot(found: dict[str, Any], path: Path) -> None:
+    """Draws the losses along both paths. RunError if that fails."""
     report = Report("loss between two models", ["lam"], x_label="share of the second model", y_label="loss, nats")
-    paths = found or {"as_given": {"lam": [0.0], "loss": [1.0]}}
-    report.curves = [Curve(key.replace("_", " "), part["lam"], part["loss"]) for key, part in paths.items()]
+    report.curves = [Curve(key.replace("_", " "), part["lam"], part["loss"]) for key, part in found.items()]
     report.save_plot(path)

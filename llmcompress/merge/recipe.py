@@ -94,8 +94,12 @@ def _check(merge: Merge, source: str) -> None:
             raise InputError(f"{source}: merge: give lam or weights, not both")
         if len(merge.weights) != count:
             raise InputError(f"{source}: merge.weights: {len(merge.weights)} shares for {count} models")
-        if not all(0 <= weight <= 1 for weight in merge.weights) or not math.isclose(sum(merge.weights), 1, abs_tol=1e-6):
-            raise InputError(f"{source}: merge.weights: shares in [0, 1] that are 1 in sum are needed; got {merge.weights}")
+        if not all(0 <= weight <= 1 for weight in merge.weights) or not math.isclose(
+            sum(merge.weights), 1, abs_tol=1e-6
+        ):
+            raise InputError(
+                f"{source}: merge.weights: shares in [0, 1] that are 1 in sum are needed; got {merge.weights}"
+            )
     if count > 2 and "lam" in given:
         raise InputError(f"{source}: merge.lam: is the share of the second of two models; give weights for {count}")
     if merge.match is not None and merge.match.orthogonal and merge.match.signed is not None:

@@ -26,7 +26,7 @@ from llmcompress.checkpoint.save import save_dense
 from llmcompress.engine import Progress, Silent
 from llmcompress.errors import InputError
 from llmcompress.finetune.stage import stored_dtype
-from llmcompress.merge.measure import distances, measure_barrier, perplexities, save_plot, singular_vectors
+from llmcompress.merge.measure import check_plot, distances, measure_barrier, perplexities, save_plot, singular_vectors
 from llmcompress.merge.recipe import MergeRecipe
 from llmcompress.merge.report import merge_card
 from llmcompress.merge.sources import Source, check_alike, check_function, check_tensors, stored_names
@@ -37,7 +37,9 @@ from llmcompress.pipeline import Outcome, Pipeline, sync_folder, versions
 from llmcompress.workspace import DiskStore, digest, disk_errors, sync
 
 
-def merge_models(models: Sequence[str | Path], output: str | Path, *, progress: Progress | None = None, **keys: Any) -> Outcome:
+def merge_models(
+    models: Sequence[str | Path], output: str | Path, *, progress: Progress | None = None, **keys: Any
+) -> Outcome:
     """Aligns models to the first one, averages them, and writes a plain checkpoint to the folder `output`.
 
     models: folders, hub ids, .gguf files or builtin:NAME, of one architecture. keys: those of a recipe's `merge`
@@ -131,7 +133,7 @@ class MergeRun(Pipeline):
     def _prepare(self) -> _Prepared:
         """All that can be wrong with the models and the texts, before anything is written but unpacked models."""
         if self.section.plot is not None:
-            save_plot(None, Path(self.section.plot))
+            check_plot(Path(self.section.plot))
         names = self.section.models
         sources = [self._open(number, location) for number, location in enumerate(self.locations)]
         check_alike(sources, names)
@@ -181,7 +183,10 @@ class MergeRun(Pipeline):
         bases = self._bases(prepared)
         if prepared.groups is None:
             return bases
-        return [aligned(b, prepared.groups, found) for b, found in zip(bases, alignments, strict=True)]
+        return [
+            base if found.is_identity else aligned(base, prepared.groups, found)
+            for base, found in zip(bases, alignments, strict=True)
+        ]
 
     def _align(self, prepared: _Prepared) -> list[Alignment]:
         """One element a model, the first of two models staying as it is; every finished sweep is kept on disk."""
@@ -198,7 +203,9 @@ class MergeRun(Pipeline):
         bases = self._bases(prepared)
 
         def keep(finished: bool) -> None:
-            store.put("match", {k: t for i, item in enumerate(found) for k, t in _packed(item, i).items()}, [rounds, finished])
+            store.put(
+                "match", {k: t for i, item in enumerate(found) for k, t in _packed(item, i).items()}, [rounds, finished]
+            )
 
         def align(target: Read, number: int, sweeps: int, swept: Callable[[Alignment], None]) -> bool:
             self.progress.start(f"match {Path(self.section.models[number]).name}", _visits(groups))
@@ -219,12 +226,14 @@ class MergeRun(Pipeline):
             align(bases[0], 1, match.max_iter - rounds, swept)
             keep(True)
         while len(bases) > 2 and not done and rounds < match.max_iter:
+            # first each to those before it, so that no match begins with a mean of models in different orders
             generator = torch.Generator().manual_seed(self.recipe.seed + rounds)
-            done = True
-            for number in torch.randperm(len(bases), generator=generator).tolist():
-                views = [aligned(b, groups, a) for i, (b, a) in enumerate(zip(bases, found, strict=True)) if i != number]
-                others = mean(views, [1 / len(views)] * len(views))
-                done = not align(others, number, match.max_iter, lambda _: None) and done
+            order = torch.randperm(len(bases), generator=generator).tolist() if rounds else range(1, len(bases))
+            done = rounds > 0
+            for number in order:
+                others = [i for i in range(len(bases)) if i != number and (rounds or i < number)]
+                target = mean([aligned(bases[i], groups, found[i]) for i in others], [1 / len(others)] * len(others))
+                done = not align(target, number, match.max_iter, lambda _: None) and done
             rounds += 1
             keep(done)
         return found
@@ -238,8 +247,8 @@ class MergeRun(Pipeline):
             self.progress.start("compare", len(sources))
             differences = []
             for source, view, name in zip(sources, views, names, strict=True):
-                same = view == source.stored
-                differences.append(0.0 if same else check_function(source, prepared.structure, view, name))
+                unchanged = view == source.stored
+                differences.append(0.0 if unchanged else check_function(source, prepared.structure, view, name))
                 self.progress.advance(name)
         metrics: dict[str, Any] = {"fingerprint": self.fingerprint, "evaluation": self._evaluation_digest()}
         with self._timed("measure"):

@@ -156,7 +156,9 @@ def test_a_shared_pair_is_stored_once_and_trains(architecture, tmp_path, text):
         assert not torch.equal(outputs(loaded), before)
         shared = [m for m in loaded.modules() if isinstance(m, StructuredLinear) and m.shared]
         assert shared
-        assert all(m.weight is loaded.get_parameter(f"{m.shared['weight']}.weight") for m in shared if hasattr(m, "weight"))
+        assert all(
+            m.weight is loaded.get_parameter(f"{m.shared['weight']}.weight") for m in shared if hasattr(m, "weight")
+        )
 
 
 def test_a_last_block_joins_those_before_it():

@@ -364,14 +364,20 @@ def test_unrelated_tiny_llamas_come_closer_and_stay_apart():
         a, b = (values(reading(net)) for net in (first, second))
         naive = barrier(a, b, loss).height
         heights, ratios = {}, {}
-        for kind, (signed, orthogonal) in {"plain": (False, False), "signed": (True, False), "rotated": (False, True)}.items():
+        for kind, (signed, orthogonal) in {
+            "plain": (False, False),
+            "signed": (True, False),
+            "rotated": (False, True),
+        }.items():
             bases = [folded(reading(net), groups) if orthogonal else reading(net) for net in (first, second)]
             found = match_decoder(groups, *bases, signed=signed, orthogonal=orthogonal)
             matched = values(aligned(bases[1], groups, found.alignment))
             assert abs(loss(matched) - loss(b)) <= 1e-5
             heights[kind] = barrier(values(bases[0]), matched, loss).height / naive
             ratios[kind] = l2_ratio(values(bases[0]), values(bases[1]), matched)
-        print({key: round(value, 3) for key, value in heights.items()}, {k: round(v, 3) for k, v in ratios.items()}, naive)
+        print(
+            {key: round(value, 3) for key, value in heights.items()}, {k: round(v, 3) for k, v in ratios.items()}, naive
+        )
         assert heights["plain"] <= 0.9
         assert heights["signed"] <= 0.8
         assert heights["rotated"] <= 0.65

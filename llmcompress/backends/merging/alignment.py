@@ -138,5 +138,3 @@ def check_alignment(alignment: Alignment, groups: Groups) -> None:
         check_bijection(group, alignment.index.get(group), len(index))
     if alignment.sign.shape != (groups.width,) or not bool((alignment.sign.abs() == 1).all()):
         raise InputError(f"the signs must be {groups.width} values of 1 or -1")
-
-

@@ -141,9 +141,7 @@ def _match_residual(
     return True
 
 
-def _match_block(
-    groups: Groups, block: Block, a: Read, b: Read, found: Matched, visit: Callable[[str], None]
-) -> bool:
+def _match_block(groups: Groups, block: Block, a: Read, b: Read, found: Matched, visit: Callable[[str], None]) -> bool:
     alignment = found.alignment
     match, gain = match_layers(
         block_maps(groups, block, a), block_maps(groups, block, aligned(b, groups, alignment)), block.heads
