@@ -138,11 +138,11 @@ def merge(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="order in which more than two models are matched")] = 0,
 ) -> None:
-    """Align models by their symmetries, average them, and write a plain checkpoint. Killed and run again, it goes on."""
+    """Align models, average them, and write a plain checkpoint. Killed and run again, it goes on."""
     from llmcompress.merge.run import build_recipe
 
     given = {"lam": lam, "weights": weights or None, "barrier": barrier, "plot": str(plot) if plot else None}
-    keys = {key: value for key, value in given.items() if value is not None}
+    keys: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     evaluation = {"perplexity": perplexity, "length": length, "windows": windows}
     keys |= {"match": match, "r_metric": r_metric, "eval": evaluation, "dtype": dtype, "device": device, "seed": seed}
     _merge(build_recipe(models, out_folder, keys, "llmcompress merge"))

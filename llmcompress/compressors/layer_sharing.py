@@ -6,6 +6,7 @@ arXiv 2506.22712; see `match_layers`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -86,15 +87,12 @@ class LayerSharing:
     def _split(self, run: list[list[Site]]) -> list[list[Site]]:
         if len(run) < 2:
             raise InputError(
-                f"{run[0][0].name}: no targeted neighbour of the same layout to share with; target two blocks in a row, "
-                "for instance layers\\.(10|11)\\."
+                f"{run[0][0].name}: no targeted neighbour of its layout to share with; target blocks in a row, for "
+                "instance layers\\.(10|11)\\."
             )
         count = max(1, len(run) // self.options.layers)
         starts = [i * self.options.layers for i in range(count)] + [len(run)]
-        return [
-            [site for block in run[start:stop] for site in block]
-            for start, stop in zip(starts[:-1], starts[1:], strict=True)
-        ]
+        return [[site for block in run[start:stop] for site in block] for start, stop in itertools.pairwise(starts)]
 
     def costs(self, sites: Sequence[Site]) -> Tensor:
         first = sum(site.dense_values for site in sites if site.block == sites[0].block)
@@ -150,7 +148,8 @@ class LayerSharing:
                 shared = {"weight": owners[site.role][0]}
             layers.append(SharedLinear.from_weight(owners[site.role][1], _moved_bias(site, bias, match, heads), shared))
         before, after = _cosine(blocks), _cosine([permuted(b, m, heads) for b, m in zip(blocks, matches, strict=True)])
-        note = f"blocks {numbers[0]} to {numbers[-1]} share their matrices; cosine {before:.3f} as given, {after:.3f} aligned"
+        cosines = f"cosine {before:.3f} as given, {after:.3f} aligned"
+        note = f"blocks {numbers[0]} to {numbers[-1]} share their matrices; {cosines}"
         return Compressed(list(layers), [note])
 
     def _share(
@@ -178,8 +177,9 @@ class LayerSharing:
         if not {"q", "k", "v", "o"} <= first.keys() or not first["o"].d_head:
             return list(found.values()), None
         groups = first["v"].d_out // first["o"].d_head
-        rows = [first[role].d_out for role in ("q", "k", "v")]
-        return list(found.values()), Heads.plain(*rows, first["o"].d_in, first["o"].d_in // first["o"].d_head, groups)
+        q, k, v = (first[role].d_out for role in ("q", "k", "v"))
+        width = first["o"].d_in
+        return list(found.values()), Heads.plain(q, k, v, width, width // first["o"].d_head, groups)
 
 
 def _layout(sites: Sequence[Site]) -> list[tuple[str, int, int, bool]]:

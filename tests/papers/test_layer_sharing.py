@@ -179,7 +179,7 @@ def plan(architecture="llama", **step):
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ({"targets": [r"layers\.1\."]}, r"layers\.1\.self_attn\.q_proj: no targeted neighbour of the same layout"),
+        ({"targets": [r"layers\.1\."]}, r"layers\.1\.self_attn\.q_proj: no targeted neighbour of its layout"),
         ({"targets": ["gate", "down"]}, r"layers\.0\.mlp\.gate_proj: target ffn as a whole, up too, or use match: f"),
         ({"targets": ["q", "ffn"]}, r"q_proj: target attention as a whole, k, o, v too"),
         ({"ratio": 0.7}, "3 blocks that share keep .* values, more than the budget of .*; lower ratio, or more layers"),

@@ -430,7 +430,7 @@ def test_scrambled_blocks_of_smollm2_come_back_exactly(smollm2):
 
 @pytest.mark.slow
 def test_the_scrambled_smollm2_comes_back_exactly(smollm2):
-    moved, drawn = scrambled(smollm2)
+    moved, _ = scrambled(smollm2)
     tokens = torch.arange(100, 164)[None]
     with torch.no_grad():
         torch.testing.assert_close(moved(tokens).logits, smollm2(tokens).logits, rtol=0, atol=1e-3)
@@ -497,5 +497,5 @@ def test_bad_permutations_shares_and_counts():
         r_metric(a, a, ["0.weight"], 2)
     with pytest.raises(InputError, match="at least 3 points"):
         barrier(a, a, lambda _: 0.0, 2)
-    with pytest.raises(InputError, match="0: REPAIR rescales linear maps and convolutions with biases"):
+    with pytest.raises(InputError, match=r"0: REPAIR rescales linear maps and convolutions with biases"):
         repair(*[nn.Sequential(nn.Linear(3, 2, bias=False))] * 3, ["0"], [torch.ones(2, 3)])

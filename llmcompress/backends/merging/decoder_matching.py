@@ -70,7 +70,8 @@ def match_decoder(
         found.sweeps += 1
         changed = _match_residual(groups, a, b, ends, found, signed, orthogonal, visit)
         if changed or found.sweeps == 1:
-            changed |= any([_match_block(groups, block, a, b, found, visit) for block in groups.blocks])
+            for block in groups.blocks:
+                changed |= _match_block(groups, block, a, b, found, visit)
         if changed:
             swept(found.alignment)
     return found
@@ -119,8 +120,8 @@ def _match_residual(
         visit(f"residual stream, block {block.index}")
     if orthogonal:
         u, _, vh = torch.linalg.svd(total.matrices)
-        now = alignment.rotation if alignment.rotation is not None else torch.eye(groups.width, dtype=torch.float64)
-        gain = float(((u @ vh - now) * total.matrices).sum())
+        kept = alignment.rotation if alignment.rotation is not None else torch.eye(groups.width, dtype=torch.float64)
+        gain = float(((u @ vh - kept) * total.matrices).sum())
         if gain <= GAIN * float(total.matrices.abs().max()):
             return False
         alignment.rotation = u @ vh
@@ -128,12 +129,12 @@ def _match_residual(
         return True
     worth = (total.matrices.abs() if signed else total.matrices) + total.gains
     index = assign(worth)
-    rows = torch.arange(groups.width)
-    sign = total.matrices[rows, index].sign().float() if signed else torch.ones(groups.width)
+    places = torch.arange(groups.width)
+    sign = total.matrices[places, index].sign().float() if signed else torch.ones(groups.width)
     sign[sign == 0] = 1
-    now_index, now_sign = alignment.index[RESIDUAL], alignment.sign.double()
-    now = float((now_sign * total.matrices[rows, now_index] + total.gains[rows, now_index]).sum())
-    gain = float(worth[rows, index].sum()) - now
+    now = alignment.index[RESIDUAL]
+    kept = alignment.sign.double() * total.matrices[places, now] + total.gains[places, now]
+    gain = float((worth[places, index] - kept).sum())
     if gain <= GAIN * float(worth.abs().max()):
         return False
     alignment.index[RESIDUAL], alignment.sign = index, sign
