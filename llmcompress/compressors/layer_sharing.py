@@ -15,14 +15,14 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from llmcompress.backends.merging.block_matching import BlockMatch, match_layers, permuted
+from llmcompress.backends.merging.site_maps import check_whole, cosine, site_maps
 from llmcompress.backends.merging.weight_matching import weighted_mean
 from llmcompress.errors import InputError
 from llmcompress.layers.shared import SharedLinear
-from llmcompress.models.symmetry import Heads
-from llmcompress.types import ATTENTION_ROLES, FFN_ROLES, Budget, Compressed, Problem, Profile, Site
+from llmcompress.models.heads import Heads
+from llmcompress.types import Budget, Compressed, Problem, Profile, Site
 
 ROUNDS = 20  # of matching every block to the mean of the others
-WITH_BIAS = ("q", "k", "v", "gate", "up", "gate_up")  # roles whose bias follows the order of the rows
 
 
 class LayerSharingOptions(BaseModel, extra="forbid"):
@@ -76,7 +76,7 @@ class LayerSharing:
         runs: list[list[list[Site]]] = []
         for index, own in sorted(blocks.items()):
             if self.options.match:
-                _check_whole(own)
+                check_whole(own)
             previous = runs[-1][-1] if runs else None
             if previous and previous[0].block == index - 1 and _layout(previous) == _layout(own):
                 runs[-1].append(own)
@@ -100,7 +100,7 @@ class LayerSharing:
 
     def profile(self, problem: Problem) -> Profile:
         """One value: the distance of the blocks' matched matrices to their mean."""
-        blocks, heads = self._blocks(problem)
+        blocks, heads = site_maps(problem.sites, problem.weights, problem.biases)
         mean, matches = self._share(blocks, heads)
         moved = [permuted(block, match, heads) for block, match in zip(blocks, matches, strict=True)]
         squares = sum(
@@ -133,7 +133,7 @@ class LayerSharing:
         if self.plan(sites, budget)["blocks"] is None:
             note = f"{problem.name}: left dense, its budget of {budget.values:.0f} values holds the dense weights"
             return Compressed([None] * len(sites), [note])
-        blocks, heads = self._blocks(problem)
+        blocks, heads = site_maps(problem.sites, problem.weights, problem.biases)
         mean, matches = self._share(blocks, heads)
         owners: dict[str, tuple[str, nn.Parameter]] = {}
         layers: list[SharedLinear | None] = []
@@ -147,7 +147,7 @@ class LayerSharing:
             else:
                 shared = {"weight": owners[site.role][0]}
             layers.append(SharedLinear.from_weight(owners[site.role][1], _moved_bias(site, bias, match, heads), shared))
-        before, after = _cosine(blocks), _cosine([permuted(b, m, heads) for b, m in zip(blocks, matches, strict=True)])
+        before, after = cosine(blocks), cosine([permuted(b, m, heads) for b, m in zip(blocks, matches, strict=True)])
         cosines = f"cosine {before:.3f} as given, {after:.3f} aligned"
         note = f"blocks {numbers[0]} to {numbers[-1]} share their matrices; {cosines}"
         return Compressed(list(layers), [note])
@@ -160,46 +160,9 @@ class LayerSharing:
         neurons = blocks[0]["down"].shape[1] if "down" in blocks[0] else 0
         return mean_of(blocks), [BlockMatch.identity(neurons, heads) for _ in blocks]
 
-    def _blocks(self, problem: Problem) -> tuple[list[dict[str, Tensor]], Heads | None]:
-        """The maps of every block, and the heads they have in common."""
-        found: dict[int, dict[str, Tensor]] = {}
-        for site, weight, bias in zip(problem.sites, problem.weights, problem.biases, strict=True):
-            if not torch.isfinite(weight).all():
-                raise InputError(f"{site.name}: its weight is not finite")
-            follows = bias is not None and site.role in WITH_BIAS
-            full = torch.cat((weight, bias[:, None].to(weight)), 1) if follows and bias is not None else weight
-            maps = found.setdefault(site.block, {})
-            if site.role == "gate_up":
-                maps["gate"], maps["up"] = full.chunk(2)
-            else:
-                maps[site.role] = full
-        first = {site.role: site for site in problem.sites if site.block == problem.sites[0].block}
-        if not {"q", "k", "v", "o"} <= first.keys() or not first["o"].d_head:
-            return list(found.values()), None
-        groups = first["v"].d_out // first["o"].d_head
-        q, k, v = (first[role].d_out for role in ("q", "k", "v"))
-        width = first["o"].d_in
-        return list(found.values()), Heads.plain(q, k, v, width, width // first["o"].d_head, groups)
-
 
 def _layout(sites: Sequence[Site]) -> list[tuple[str, int, int, bool]]:
     return [(site.role, site.d_in, site.d_out, site.bias) for site in sites]
-
-
-def _check_whole(sites: Sequence[Site]) -> None:
-    """Neurons and heads are reordered in all the maps that see them, or in none."""
-    targeted = {site.role for site in sites}
-    if "other" in targeted or "qkv" in targeted:
-        name = next(site.name for site in sites if site.role in ("other", "qkv"))
-        raise InputError(f"{name}: its heads cannot be aligned; target ffn, or use match: false")
-    for part, roles in (("attention", ATTENTION_ROLES), ("ffn", FFN_ROLES)):
-        all_roles = {role for role in sites[0].block_roles if role in roles}
-        if targeted & all_roles and not all_roles <= targeted:
-            missing = ", ".join(sorted(all_roles - targeted))
-            raise InputError(f"{sites[0].name}: target {part} as a whole, {missing} too, or use match: false")
-    heads = next((site for site in sites if site.role == "o"), None)
-    if heads is not None and not heads.d_head:
-        raise InputError(f"{heads.name}: its heads are not understood; target ffn, or use match: false")
 
 
 def _joined(maps: dict[str, Tensor], site: Site) -> Tensor:
@@ -215,10 +178,3 @@ def _moved_bias(site: Site, bias: Tensor | None, match: BlockMatch, heads: Heads
     if site.role == "gate_up":
         return bias.view(2, -1)[:, match.ffn.to(bias.device)].flatten()
     return bias if heads is None else bias[match.places(site.role, heads).to(bias.device)]
-
-
-def _cosine(blocks: Sequence[dict[str, Tensor]]) -> float:
-    """Mean cosine of the first block's maps with the others'."""
-    vectors = [torch.cat([block[role].double().flatten() for role in blocks[0]]) for block in blocks]
-    found = [float(torch.nn.functional.cosine_similarity(vectors[0], other, dim=0)) for other in vectors[1:]]
-    return sum(found) / len(found)

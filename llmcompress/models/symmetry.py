@@ -1,8 +1,6 @@
 """What may be permuted in a transformer without changing what it computes, found by structure: no model by name.
 
-A weightless copy is run twice. One run shows which norm reads and feeds what. In the other a single token passes, so
-that attention hands on its values as they are: numbered values tell which row of the value map each column of the
-output map reads, and with it the query heads of each key-value group, fused maps included.
+A weightless copy is run once, which shows what each norm and each map reads and feeds.
 
 Groups: FFN neurons; key-value groups, query heads inside a group, value dimensions inside a group; the residual
 stream, with sign flips where the norms allow them. Dimensions of queries and keys stay: rotary positions fix them.
@@ -18,36 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.errors import InputError
+from llmcompress.models.heads import Heads, find_heads
+from llmcompress.models.norms import is_equivariant, neutral_gain
 from llmcompress.models.structure import LINEARS, Structure, analyse, no_cache, weightless
 from llmcompress.types import Site
 
 RESIDUAL = "residual"
 TAIL = "tail"  # prefix of the streams between linear maps that follow the last block
 Axes = tuple[str | None, ...]
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Places of the heads: rows of the query, key and value maps, columns of the output map; all int64.
-
-    q (groups, queries, d_head), k (groups, d_head), v (groups, d_value), o (groups, queries, d_value).
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-
-    @classmethod
-    def plain(cls, q: int, k: int, v: int, o: int, heads: int, groups: int) -> Heads:
-        """Of separate maps with so many rows (columns of o), heads one after the other, neighbours in a group."""
-        queries = heads // groups
-        return cls(
-            torch.arange(q).view(groups, queries, -1),
-            torch.arange(k).view(groups, -1),
-            torch.arange(v).view(groups, -1),
-            torch.arange(o).view(groups, queries, -1),
-        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +104,7 @@ def find_groups(model: PreTrainedModel) -> Groups:
     on_stream = [norm for norm in trace.norms if axes[_parameters(norm)[0]] == (RESIDUAL,)]
     gains = frozenset(name for norm in on_stream for name in _parameters(norm))
     twice = any(groups.count(RESIDUAL) > 1 for groups in axes.values())
-    flips = not twice and all(_is_equivariant(norm.module, "flip") for norm in on_stream)
+    flips = not twice and all(is_equivariant(norm.module, "flip") for norm in on_stream)
     folds, reason = _folds(on_stream, trace, blocks, axes, tied, twice)
     return Groups(width, axes, gains, flips, folds, reason, blocks, tied)
 
@@ -178,54 +154,7 @@ def _block(index: int, structure: Structure, skeleton: PreTrainedModel) -> Block
     attention = {"q", "k", "v", "o"} <= sites.keys() or {"qkv", "o"} <= sites.keys()
     if "other" in sites or not attention or "down" not in sites:
         raise InputError(f"{structure.blocks[index]}: its attention and FFN are not understood; use match: none")
-    return Block(index, sites, _heads(sites, skeleton))
-
-
-def _heads(sites: dict[str, Site], skeleton: PreTrainedModel) -> Heads:
-    values, output = sites.get("v") or sites["qkv"], sites["o"]
-    heads = skeleton.config.num_attention_heads
-    read = _rows_read(values, output, skeleton).view(heads, -1)  # (heads, d_value)
-    groups = torch.unique(read[:, 0]).numel()
-    order = read[:, 0].argsort(stable=True).view(groups, -1)  # the heads of each group
-    v = read[order[:, 0]]
-    o = torch.arange(output.d_in).view(heads, -1)[order]
-    if "qkv" not in sites:
-        q = torch.arange(sites["q"].d_out).view(heads, -1)[order]
-        return Heads(q, torch.arange(sites["k"].d_out).view(groups, -1), v, o)
-    rest = torch.ones(sites["qkv"].d_out, dtype=torch.bool)
-    rest[v.flatten()] = False
-    others = rest.nonzero().flatten()
-    d_head = len(others) // (heads + groups)
-    if int(v.max() - v.min()) + 1 == v.numel():  # all queries, all keys, all values
-        q, k = others.split([heads * d_head, groups * d_head])
-        return Heads(q.view(heads, d_head)[order], k.view(groups, d_head), v, o)
-    parts = others.view(groups, -1)  # group by group: its queries, its key, its values
-    q, k = parts[:, :-d_head], parts[:, -d_head:]
-    return Heads(q.reshape(groups, order.shape[1], d_head), k, v, o)
-
-
-def _rows_read(values: Site, output: Site, skeleton: PreTrainedModel) -> Tensor:
-    """The row of the value map that each column of the output map reads, (d_in,): what one token's attention shows."""
-    seen: list[Tensor] = []
-    source = skeleton.get_submodule(values.name)
-    forward = source.forward
-
-    def number(x: Tensor) -> Tensor:
-        return torch.arange(values.d_out, dtype=torch.float32).expand(*x.shape[:-1], -1)
-
-    source.forward = number
-    hook = skeleton.get_submodule(output.name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        with torch.no_grad():
-            skeleton(input_ids=torch.ones(1, 1, dtype=torch.long), **no_cache(skeleton))
-    finally:
-        source.forward = forward
-        hook.remove()
-    found = seen[0].flatten()
-    rows = found.round().long()
-    if not torch.allclose(found, rows.float()) or int(rows.min()) < 0 or int(rows.max()) >= values.d_out:
-        raise InputError(f"{values.name}: what attention makes of its values is not understood; use match: none")
-    return rows
+    return Block(index, sites, find_heads(sites, skeleton))
 
 
 def _site_axes(blocks: Sequence[Block]) -> dict[str, Axes]:
@@ -327,39 +256,6 @@ def _followed(norm: _Norm, size: int, blocks: Sequence[Block], trace: _Trace, wi
     raise InputError(f"{norm.name}: what this norm reads is not understood; use match: none")
 
 
-def _is_equivariant(norm: nn.Module, change: str) -> bool:
-    """Whether the norm, its gain doing nothing, commutes with sign flips (a rotation) of its input."""
-    parameters = list(norm.named_parameters(recurse=False))
-    if len(parameters) != 1:
-        return False  # a bias would have to change with the stream
-    neutral = _neutral_gain(norm)
-    size = parameters[0][1].shape[0]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, size, generator=generator)
-    if change == "flip":
-        signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
-        left, right = _with_gain(norm, neutral, x * signs), _with_gain(norm, neutral, x) * signs
-    else:  # a reflection is enough, and costs no d x d matrix
-        normal = torch.nn.functional.normalize(torch.randn(size, generator=generator), dim=0)
-        left = _with_gain(norm, neutral, x - 2 * (x @ normal)[:, None] * normal)
-        right = _with_gain(norm, neutral, x)
-        right = right - 2 * (right @ normal)[:, None] * normal
-    return torch.allclose(left, right, rtol=1e-4, atol=1e-5)
-
-
-def _neutral_gain(norm: nn.Module) -> float:
-    """1, or 0 where the norm adds 1 to what it stores."""
-    size = next(norm.parameters(recurse=False)).shape[0]
-    return 0.0 if _with_gain(norm, 0.0, torch.ones(1, size)).any() else 1.0
-
-
-def _with_gain(norm: nn.Module, gain: float, x: Tensor) -> Tensor:
-    name, parameter = next(norm.named_parameters(recurse=False))
-    with torch.no_grad():
-        output: Tensor = torch.func.functional_call(norm, {name: torch.full_like(parameter, gain)}, (x,))
-    return output
-
-
 def _folds(
     norms: Iterable[_Norm],
     trace: _Trace,
@@ -373,14 +269,14 @@ def _folds(
     weights = {name: tied.get(f"{name}.weight", f"{name}.weight") for name in trace.linears}
     readers = [name for name in trace.linears if RESIDUAL in axes[weights[name]] and _reads(trace, name, blocks)]
     for norm in norms:
-        if not _is_equivariant(norm.module, "rotate"):
+        if not is_equivariant(norm.module, "rotate"):
             return {}, f"{norm.name} is no RMSNorm: a rotation of its input does not rotate its output"
         fed = [name for name in readers if _same(trace.linears[name][0], norm.output)]
         if not fed:
             return {}, f"{norm.name} is followed by no linear map that its gain could be folded into"
         if shared := next((name for name in fed if f"{name}.weight" in tied), None):
             return {}, f"{shared} is tied to the embedding, which its norm's gain must not change"
-        folds[_parameters(norm)[0]] = (_neutral_gain(norm.module), [f"{name}.weight" for name in sorted(fed)])
+        folds[_parameters(norm)[0]] = (neutral_gain(norm.module), [f"{name}.weight" for name in sorted(fed)])
     folded = {weight for _, fed in folds.values() for weight in fed}
     loose = next((name for name in readers if f"{name}.weight" not in folded), None)
     if twice or loose:

@@ -9,14 +9,15 @@ import transformers
 
 import llmcompress
 from llmcompress import InputError, Recipe
+from llmcompress.analyze import analyze_model
 from llmcompress.backends.merging.block_matching import BlockMatch, match_layers, permuted
 from llmcompress.compressors.layer_sharing import LayerSharing, share
 from llmcompress.layers.base import StructuredLinear
+from llmcompress.models.heads import Heads
 from llmcompress.models.load import Location, load_model
 from llmcompress.models.structure import analyse
-from llmcompress.models.symmetry import Heads
 from llmcompress.plan import make_plan
-from tests.tiny import recipe, save_tiny, tiny_model, write_text
+from tests.tiny import recipe, save_tiny, tiny_model, tiny_tokenizer, write_text
 
 TOKENS = torch.arange(20, 52).reshape(2, 16)
 ROLES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up",
@@ -166,6 +167,29 @@ def test_a_last_block_joins_those_before_it():
     assert [sorted({s.block for s in unit}) for unit in LayerSharing().units(sites)] == [[0, 1], [2, 3, 4]]
     three = LayerSharing(LayerSharing.Options(layers=3)).units(sites)
     assert [sorted({s.block for s in unit}) for unit in three] == [[0, 1, 2, 3, 4]]
+
+
+def test_the_analysis_finds_the_reordered_pair(tmp_path, text):
+    model = tiny_model()
+    twins(model)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+
+    def analyse_sites(*sites):
+        return analyze_model(
+            str(tmp_path / "model"), "weight_matching", {}, str(text), samples=2, length=8, sites=sites
+        )
+
+    found = analyse_sites("attention", "ffn")
+    assert found.column("blocks") == ["0, 1", "1, 2"]
+    assert found.rows[0][2:] == [pytest.approx(1), found.rows[0][3], pytest.approx(1)]
+    assert max(abs(found.rows[0][1]), abs(found.rows[0][3])) < 0.5
+    assert found.rows[1][1] < found.rows[1][2] < 0.9
+    assert found.findings[0].startswith("blocks 0, 1 are most alike once aligned (cosine 1.000)")
+    with pytest.raises(InputError, match="target ffn as a whole, down, up too"):
+        analyse_sites("gate")
+    with pytest.raises(InputError, match="weight_matching compares blocks: name two or more"):
+        analyse_sites(r"layers\.1\.")
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

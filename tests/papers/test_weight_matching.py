@@ -474,7 +474,7 @@ def test_bad_states_name_the_first_tensor():
         weight_matching(PermutationSpec({**spec.axes, "0.weight": (None, "hidden0"), "0.bias": (None,)}), a, a)
     with pytest.raises(InputError, match=r"2\.bias: in the model, but not in the specification"):
         PermutationSpec({k: g for k, g in spec.axes.items() if k != "2.bias"}).sizes(a)
-    with pytest.raises(InputError, match="4.weight: in the specification, but not in the model"):
+    with pytest.raises(InputError, match=r"4\.weight: in the specification, but not in the model"):
         mlp_spec(2).sizes(a)
     with pytest.raises(InputError, match=r"w: one group stands on two of its axes"):
         PermutationSpec({"w": ("d", "d")})

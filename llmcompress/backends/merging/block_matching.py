@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.backends.merging.permutations import assign, cross, taken
-from llmcompress.models.symmetry import Heads
+from llmcompress.models.heads import Heads
 
 EXACT_ORDERS = 120  # query orders of a group that are all tried
 GAIN = 1e-9  # of the largest inner product: a smaller gain is rounding
