@@ -1,10 +1,11 @@
-"""Sharing two neighbouring blocks: aligned, as they stand, against dropping one and against low rank at equal bytes.
+"""Two neighbouring blocks that share: aligned or not, against dropping one, and against low rank at equal values.
 
     python benchmarks/layer_sharing.py --data FOLDER [--pairs 10 16 22] [--windows 2]
 
-FOLDER holds WikiText-2 as `wikitext-2/valid.txt` and `test.txt`. SmolLM2-135M-Instruct in float32; a pair is a block and
-the one behind it, all attention and FFN projections; perplexity on the first windows of 1,024 tokens of the test text,
-without any training. `svd_llm` keeps half of the same matrices' values, calibrated on 8 x 512 tokens of the validation text.
+FOLDER holds WikiText-2 as `wikitext-2/valid.txt` and `test.txt`. SmolLM2-135M-Instruct in float32; a pair is a block
+and the one behind it, all attention and FFN projections; perplexity on the first windows of 1,024 tokens of the test
+text, without any training. `svd_llm` keeps half of the same matrices' values, calibrated on 8 x 512 tokens of the
+validation text; the sharing needs none.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ def main() -> None:
         targets = [rf"layers\.({first}|{first + 1})\."]
 
         def measured(method: str, ratio: float, targets: list[str] = targets, **options: bool) -> float:
+            tokens = calibration if method == "svd_llm" else calibration[:1, :8]
             made = llmcompress.compress(
-                copy.deepcopy(model), tokens=calibration, method=method, ratio=ratio, targets=targets, **options
+                copy.deepcopy(model), tokens=tokens, method=method, ratio=ratio, targets=targets, **options
             )
             return perplexity(made, text).perplexity
 

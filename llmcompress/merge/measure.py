@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmcompress.backends.merging.alignment import Read, mean
 from llmcompress.backends.merging.connectivity import POINTS, SingularVectors, barrier_along
+from llmcompress.backends.merging.permutations import squared_distance
 from llmcompress.backends.report import Curve, Report
 from llmcompress.engine import Progress
 from llmcompress.errors import InputError
@@ -31,8 +32,10 @@ def distances(
     progress.start("distances", len(names))
     for name in names:
         for column, reads in enumerate((bases, views)):
-            first = reads[0](name).double()
-            squares[:, column] += torch.stack([(read(name).double() - first).square().sum().cpu() for read in reads])
+            first = reads[0](name)
+            squares[1:, column] += torch.tensor(
+                [squared_distance(read(name), first) for read in reads[1:]], dtype=torch.float64
+            )
         progress.advance(name)
     return [(row[0], row[1]) for row in squares.sqrt().tolist()]
 

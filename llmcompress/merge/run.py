@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from llmcompress.backends.merging.alignment import (
     folded,
     mean,
 )  # fmt: skip
-from llmcompress.backends.merging.decoder_matching import match_decoder
 from llmcompress.checkpoint.save import save_dense
 from llmcompress.engine import Progress, Silent
 from llmcompress.errors import InputError
 from llmcompress.finetune.stage import stored_dtype
+from llmcompress.merge.align import Aligner
 from llmcompress.merge.measure import check_plot, distances, measure_barrier, perplexities, save_plot, singular_vectors
 from llmcompress.merge.recipe import MergeRecipe
 from llmcompress.merge.report import merge_card
@@ -189,54 +189,14 @@ class MergeRun(Pipeline):
         ]
 
     def _align(self, prepared: _Prepared) -> list[Alignment]:
-        """One element a model, the first of two models staying as it is; every finished sweep is kept on disk."""
+        """One element a model; every finished sweep is kept on disk."""
         groups, match = prepared.groups, self.section.match
         if groups is None or match is None:
             return []
         store = DiskStore(self.work / "store")
-        found = [Alignment.identity(groups) for _ in prepared.sources]
-        rounds, done = 0, False
-        if store.has("match"):
-            tensors, (rounds, done) = store.get("match")
-            found = [_unpacked_alignment(tensors, number) for number in range(len(found))]
-        signed = groups.flips if match.signed is None else match.signed
-        bases = self._bases(prepared)
-
-        def keep(finished: bool) -> None:
-            store.put(
-                "match", {k: t for i, item in enumerate(found) for k, t in _packed(item, i).items()}, [rounds, finished]
-            )
-
-        def align(target: Read, number: int, sweeps: int, swept: Callable[[Alignment], None]) -> bool:
-            self.progress.start(f"match {Path(self.section.models[number]).name}", _visits(groups))
-            matched = match_decoder(
-                groups, target, bases[number], signed and not match.orthogonal, match.orthogonal, sweeps,
-                found[number], self.progress.advance, swept,
-            )  # fmt: skip
-            found[number] = matched.alignment
-            return bool(matched.gains)
-
-        if len(bases) == 2 and not done:
-
-            def swept(alignment: Alignment) -> None:
-                nonlocal rounds
-                found[1], rounds = alignment, rounds + 1
-                keep(False)
-
-            align(bases[0], 1, match.max_iter - rounds, swept)
-            keep(True)
-        while len(bases) > 2 and not done and rounds < match.max_iter:
-            # first each to those before it, so that no match begins with a mean of models in different orders
-            generator = torch.Generator().manual_seed(self.recipe.seed + rounds)
-            order = torch.randperm(len(bases), generator=generator).tolist() if rounds else range(1, len(bases))
-            done = rounds > 0
-            for number in order:
-                others = [i for i in range(len(bases)) if i != number and (rounds or i < number)]
-                target = mean([aligned(bases[i], groups, found[i]) for i in others], [1 / len(others)] * len(others))
-                done = not align(target, number, match.max_iter, lambda _: None) and done
-            rounds += 1
-            keep(done)
-        return found
+        names = [Path(name).name for name in self.section.models]
+        aligner = Aligner(store, groups, match, self._bases(prepared), names, self.recipe.seed, self.progress)
+        return aligner.run()
 
     # -- what it is worth -------------------------------------------------------------------------------------------
 
@@ -274,21 +234,3 @@ class MergeRun(Pipeline):
 
     def _card(self, metrics: dict[str, Any]) -> str:
         return merge_card(metrics)
-
-
-def _visits(groups: Groups) -> int:
-    """Parts that one sweep and the pass that finds nothing to change visit."""
-    return len(list(groups.outside())) + 3 * len(groups.blocks)
-
-
-def _packed(alignment: Alignment, number: int) -> dict[str, Tensor]:
-    parts = {f"index.{group}": index for group, index in alignment.index.items()} | {"sign": alignment.sign}
-    if alignment.rotation is not None:
-        parts["rotation"] = alignment.rotation
-    return {f"{number}.{key}": tensor for key, tensor in parts.items()}
-
-
-def _unpacked_alignment(tensors: dict[str, Tensor], number: int) -> Alignment:
-    own = {key.removeprefix(f"{number}."): t for key, t in tensors.items() if key.startswith(f"{number}.")}
-    index = {key.removeprefix("index."): t for key, t in own.items() if key.startswith("index.")}
-    return Alignment(index, own["sign"], own.get("rotation"))

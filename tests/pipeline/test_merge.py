@@ -15,6 +15,7 @@ import llmcompress
 from llmcompress import InputError, RunError, cli
 from llmcompress.backends.merging import decoder_matching
 from llmcompress.backends.merging.alignment import Alignment
+from llmcompress.merge import align
 from llmcompress.merge import run as merge_run
 from llmcompress.merge.recipe import MergeRecipe, load_recipe
 from llmcompress.models.load import Location, load_model
@@ -285,7 +286,7 @@ def test_an_alignment_that_changes_the_function_is_never_written(pair, tmp_path,
         found.index["0.q"] = found.index["0.q"].flip(0)
         return decoder_matching.Matched(found, 1, [1.0])
 
-    monkeypatch.setattr(merge_run, "match_decoder", wrong)
+    monkeypatch.setattr(align, "match_decoder", wrong)
     with pytest.raises(RunError, match=r"its aligned copy computes something else .* use match: none"):
         llmcompress.merge_models(pair, tmp_path / "out")
     assert not (tmp_path / "out").exists()

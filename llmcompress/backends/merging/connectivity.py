@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.backends.merging.permutations import State, check_states
+from llmcompress.backends.merging.permutations import State, check_states, squared_distance
 from llmcompress.backends.merging.weight_matching import merge
 from llmcompress.errors import InputError
 
@@ -48,9 +48,7 @@ def barrier_along(loss: Callable[[float], float], points: int = POINTS) -> Barri
 def l2_ratio(a: State, b: State, matched: State) -> float:
     """Distance of a to the matched model over its distance to b; 1 where both are equal to a."""
     check_states([a, b, matched])
-    before, after = (
-        sum(float((a[name].double() - other[name].double()).square().sum()) for name in a) for other in (b, matched)
-    )
+    before, after = (sum(squared_distance(a[name], other[name]) for name in a) for other in (b, matched))
     return (after / before) ** 0.5 if before else 1.0
 
 

@@ -164,6 +164,12 @@ def cross(a: Tensor, b: Tensor, axis: int) -> Tensor:
     return total
 
 
+def squared_distance(a: Tensor, b: Tensor) -> float:
+    """||a - b||² of two equally shaped tensors, in float64."""
+    pairs = zip(a.reshape(-1).split(CHUNK), b.reshape(-1).split(CHUNK), strict=True)
+    return sum(float((left.double() - right.double()).square().sum()) for left, right in pairs)
+
+
 def assign(gains: Tensor) -> Tensor:
     """The index (n,) that maximises the sum of gains[i, index[i]]; gains (n, n)."""
     _, index = linear_sum_assignment(gains.cpu().numpy(), maximize=True)

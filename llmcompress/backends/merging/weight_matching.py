@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from llmcompress.backends.merging.permutations import (
+    CHUNK,
     Permutation,
     PermutationSpec,
     State,
     assign,
     check_states,
     cross,
+    squared_distance,
     taken,
 )  # fmt: skip
 from llmcompress.errors import InputError
@@ -96,10 +98,12 @@ def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor
     """Sum of weights times tensors, added in float64: equal tensors come back as they are. Integers: the first's."""
     if not tensors[0].is_floating_point():
         return tensors[0]
-    total = weights[0] * tensors[0].double()
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total.add_(tensor.double(), alpha=weight)
-    return total.to(tensors[0].dtype)
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    mean = torch.empty_like(flat[0])
+    for start in range(0, len(mean), CHUNK):
+        parts = [tensor[start : start + CHUNK].double() for tensor in flat]
+        mean[start : start + CHUNK] = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+    return mean.view(tensors[0].shape)
 
 
 @dataclass
@@ -145,4 +149,4 @@ def _mean(models: Sequence[State]) -> dict[str, Tensor]:
 
 def _scatter(models: Sequence[State]) -> float:
     mean = _mean(models)
-    return sum(float((model[name].double() - mean[name].double()).square().sum()) for model in models for name in mean)
+    return sum(squared_distance(model[name], mean[name]) for model in models for name in mean)
