@@ -64,6 +64,7 @@ class LayerSharing:
 
     Options: ClassVar[type[LayerSharingOptions]] = LayerSharingOptions
     needs: frozenset[str] = frozenset()
+    profiles_itself = True  # a unit's sites have different inputs: they are no one matrix
 
     def __init__(self, options: LayerSharingOptions | None = None) -> None:
         self.options = options or LayerSharingOptions()
@@ -99,22 +100,21 @@ class LayerSharing:
         return torch.tensor([first, first], dtype=torch.float64)
 
     def profile(self, problem: Problem) -> Profile:
-        """One value: the distance of the blocks' matched matrices to their mean."""
+        """One value: what sharing costs, as loss to second order where gradients were measured, else as distance."""
         blocks, heads = site_maps(problem.sites, problem.weights, problem.biases)
         mean, matches = self._share(blocks, heads)
-        moved = [permuted(block, match, heads) for block, match in zip(blocks, matches, strict=True)]
-        squares = sum(
-            float((block[role].double() - mean[role].double()).square().sum()) for block in moved for role in mean
-        )
-        spectrum = torch.tensor([squares], dtype=torch.float64).sqrt()
-        costs = self.costs(problem.sites)
-        return Profile(
-            problem.sites,
-            spectrum,
-            costs,
-            sum(site.dense_values for site in problem.sites),
-            spectrum.square().repeat(2),
-        )
+        numbers = sorted({site.block for site in problem.sites})
+        cost = 0.0
+        for site, weight, statistics in zip(problem.sites, problem.weights, problem.statistics, strict=True):
+            back = permuted(mean, matches[numbers.index(site.block)].inverse(), heads)
+            change = _joined(back, site)[:, : site.d_in].double() - weight.double()
+            if statistics.gram is not None and statistics.output_gram is not None:
+                cost += float((statistics.output_gram @ change @ statistics.gram).mul(change).sum())
+            else:
+                cost += float(change.square().sum())
+        found = torch.tensor([cost], dtype=torch.float64)
+        dense = sum(site.dense_values for site in problem.sites)
+        return Profile(problem.sites, found.sqrt(), self.costs(problem.sites), dense, found.repeat(2))
 
     def plan(self, sites: Sequence[Site], budget: Budget) -> dict[str, Any]:
         dense, shared = sum(site.dense_values for site in sites), float(self.costs(sites)[0])

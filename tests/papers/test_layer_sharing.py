@@ -96,6 +96,8 @@ def test_one_match_after_another_is_their_product():
     one_by_one = permuted(permuted(a, first, heads), second, heads)
     at_once = permuted(a, first.then(second), heads)
     assert all(torch.equal(one_by_one[role], at_once[role]) for role in a)
+    assert first.then(first.inverse()).is_identity
+    assert first.inverse().then(first).is_identity
 
 
 def test_three_blocks_that_are_one_reordered_are_shared_without_loss():
@@ -160,6 +162,22 @@ def test_a_shared_pair_is_stored_once_and_trains(architecture, tmp_path, text):
         assert all(
             m.weight is loaded.get_parameter(f"{m.shared['weight']}.weight") for m in shared if hasattr(m, "weight")
         )
+
+
+def test_loss_aware_shares_the_pair_that_costs_least():
+    """Four blocks, the last two one reordered: of two pairs the budget holds one dense, and that is the first."""
+    model = tiny_model(num_hidden_layers=4)
+    model.model.layers = model.model.layers[2:] + model.model.layers[:2]
+    twins(model)
+    model.model.layers = model.model.layers[2:] + model.model.layers[:2]
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index
+    tokens = torch.randint(4, 120, (8, 16), generator=torch.Generator().manual_seed(0))
+    before = outputs(model)
+    llmcompress.compress(model, tokens=tokens, method="layer_sharing", ratio=0.25, allocation="loss_aware")
+    shared = {name.split(".")[2] for name, m in model.named_modules() if isinstance(m, StructuredLinear)}
+    assert shared == {"2", "3"}
+    torch.testing.assert_close(outputs(model), before, rtol=0, atol=1e-4)
 
 
 def test_a_last_block_joins_those_before_it():

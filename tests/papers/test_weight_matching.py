@@ -279,6 +279,7 @@ def test_matched_digits_models_are_connected_though_their_distance_hardly_falls(
         assert abs(r_metric(a, b, WEIGHTS, 0.3)) <= 0.01
 
 
+@pytest.mark.slow
 def test_the_straight_through_search_lowers_the_barrier_without_aligning_singular_vectors(standardised, models, loss):
     spec = mlp_spec(3)
     (x, y), _ = standardised
@@ -345,6 +346,7 @@ def test_repair_restores_statistics_and_lowers_the_half_barrier(digits):
 # --- decoders --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_unrelated_tiny_llamas_come_closer_and_stay_apart():
     """Byte-level, trained from different initialisations: the barrier falls, and is far from zero."""
     text = torch.tensor(list(python_docs("calibration")[0].encode()[:200_000]))

@@ -333,6 +333,7 @@ PEAK = """if True:
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_depth(tmp_path):
     """Two models of 40 blocks are 210 MB, three quarters of it beyond those of 10 blocks."""
     peaks = {}

@@ -70,6 +70,11 @@ class BlockMatch:
             self.values[other.groups].gather(1, other.values),
         )
 
+    def inverse(self) -> BlockMatch:
+        """The match that undoes this one."""
+        back = self.groups.argsort()
+        return BlockMatch(self.ffn.argsort(), back, self.queries[back].argsort(1), self.values[back].argsort(1))
+
     def places(self, role: str, heads: Heads) -> Tensor:
         """The index on the flattened places of q, k, v or o."""
         source = torch.arange(getattr(heads, role).numel()).view(getattr(heads, role).shape)[self.groups]
