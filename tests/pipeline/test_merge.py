@@ -319,17 +319,18 @@ def test_an_interrupted_match_goes_on_and_ends_in_the_same_bytes(pair, unrelated
             llmcompress.merge_models(models, tmp_path / "out")
         if merge_run.DiskStore(next(tmp_path.glob(".out.work-*")) / "store").get("match")[1][1]:
             break
-    assert len(sweeps) > 2, "several sweeps, each of them interrupted"
+    assert len(sweeps) >= 2, "after the first sweep, and after the last"
     monkeypatch.undo()
     llmcompress.merge_models(models, tmp_path / "out")
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
 
 PEAK = """if True:
-    import resource, sys
+    import sys
     import llmcompress
     llmcompress.merge_models(sys.argv[1:3], sys.argv[3])
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # not getrusage: its peak counts what the parent held when it forked
+    print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
