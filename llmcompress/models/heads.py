@@ -6,6 +6,7 @@ numbered values tell which row of the value map each column of the output map re
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,14 +42,20 @@ class Heads:
         )
 
 
-def find_heads(sites: dict[str, Site], skeleton: PreTrainedModel) -> Heads:
-    """Of a block's sites by role, on a weightless copy of the model.
+def find_heads(blocks: Sequence[dict[str, Site]], skeleton: PreTrainedModel) -> list[Heads]:
+    """Of every block's sites by role, on a weightless copy of the model.
 
     InputError if what attention makes of its values is no selection of them.
     """
-    values, output = sites.get("v") or sites["qkv"], sites["o"]
+    pairs = [(sites.get("v") or sites["qkv"], sites["o"]) for sites in blocks]
     heads = skeleton.config.num_attention_heads
-    read = _rows_read(values, output, skeleton).view(heads, -1)  # (heads, d_value)
+    rows = _rows_read(pairs, skeleton)
+    return [_heads(sites, read.view(heads, -1)) for sites, read in zip(blocks, rows, strict=True)]
+
+
+def _heads(sites: dict[str, Site], read: Tensor) -> Heads:
+    """read (heads, d_value): the row of the value map that each column of the output map reads."""
+    output, heads = sites["o"], len(read)
     groups = torch.unique(read[:, 0]).numel()
     order = read[:, 0].argsort(stable=True).view(groups, -1)  # the heads of each group
     v = read[order[:, 0]]
@@ -68,24 +75,32 @@ def find_heads(sites: dict[str, Site], skeleton: PreTrainedModel) -> Heads:
     return Heads(q.reshape(groups, order.shape[1], d_head), k, v, o)
 
 
-def _rows_read(values: Site, output: Site, skeleton: PreTrainedModel) -> Tensor:
-    """The row of the value map that each column of the output map reads, (d_in,): what one token's attention shows."""
-    seen: list[Tensor] = []
-    source = skeleton.get_submodule(values.name)
-    forward = source.forward
+def _rows_read(pairs: Sequence[tuple[Site, Site]], skeleton: PreTrainedModel) -> list[Tensor]:
+    """For value and output map of every block, the row of the one that each column (d_in,) of the other reads."""
+    seen: dict[str, Tensor] = {}
 
-    def number(x: Tensor) -> Tensor:
-        return torch.arange(values.d_out, dtype=torch.float32).expand(*x.shape[:-1], -1)
+    def numbered(width: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.arange(width, dtype=torch.float32).expand(*x.shape[:-1], -1)
 
-    source.forward = number
-    hook = skeleton.get_submodule(output.name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    def watch(name: str) -> Callable[..., None]:
+        return lambda _, args: seen.__setitem__(name, args[0])
+
+    sources = [skeleton.get_submodule(values.name) for values, _ in pairs]
+    forwards = [source.forward for source in sources]
+    hooks = [skeleton.get_submodule(o.name).register_forward_pre_hook(watch(o.name)) for _, o in pairs]
+    for source, (values, _) in zip(sources, pairs, strict=True):
+        source.forward = numbered(values.d_out)
     try:
         with torch.no_grad():
             skeleton(input_ids=torch.ones(1, 1, dtype=torch.long), **no_cache(skeleton))
     finally:
-        source.forward = forward
-        hook.remove()
-    found = seen[0].flatten()
+        for source, forward, hook in zip(sources, forwards, hooks, strict=True):
+            source.forward = forward
+            hook.remove()
+    return [_places(values, seen[output.name].flatten()) for values, output in pairs]
+
+
+def _places(values: Site, found: Tensor) -> Tensor:
     rows = found.round().long()
     if not torch.allclose(found, rows.float()) or int(rows.min()) < 0 or int(rows.max()) >= values.d_out:
         raise InputError(f"{values.name}: what attention makes of its values is not understood; use match: none")

@@ -8,7 +8,7 @@ stream, with sign flips where the norms allow them. Dimensions of queries and ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -90,7 +90,7 @@ def find_groups(model: PreTrainedModel) -> Groups:
     structure = analyse(model)
     skeleton = weightless(model)
     trace = _run(skeleton, structure)
-    blocks = [_block(index, structure, skeleton) for index in range(len(structure.blocks))]
+    blocks = _blocks(structure, skeleton)
     width = blocks[0].sites["q" if "q" in blocks[0].sites else "qkv"].d_in
     tied = dict(model.all_tied_weights_keys)
     axes = _site_axes(blocks)
@@ -117,13 +117,13 @@ def _run(skeleton: PreTrainedModel, structure: Structure) -> _Trace:
     count = iter(range(10**9))
     handles = []
 
-    def linear_hook(name: str):  # type: ignore[no-untyped-def]
+    def linear_hook(name: str) -> Callable[..., None]:
         return lambda _, args, output: trace.linears.__setitem__(name, (args[0], output, next(count)))
 
-    def norm_hook(name: str):  # type: ignore[no-untyped-def]
+    def norm_hook(name: str) -> Callable[..., None]:
         return lambda module, args, output: trace.norms.append(_Norm(name, module, args[0], output, next(count)))
 
-    def mark(attribute: str):  # type: ignore[no-untyped-def]
+    def mark(attribute: str) -> Callable[..., None]:
         return lambda *_: setattr(trace, attribute, next(count))
 
     for name, module in skeleton.named_modules():
@@ -149,12 +149,14 @@ def _same(a: Tensor, b: Tensor) -> bool:
 # --- blocks ----------------------------------------------------------------------------------------------------------
 
 
-def _block(index: int, structure: Structure, skeleton: PreTrainedModel) -> Block:
-    sites = {site.role: site for site in structure.in_block(index)}
-    attention = {"q", "k", "v", "o"} <= sites.keys() or {"qkv", "o"} <= sites.keys()
-    if "other" in sites or not attention or "down" not in sites:
-        raise InputError(f"{structure.blocks[index]}: its attention and FFN are not understood; use match: none")
-    return Block(index, sites, find_heads(sites, skeleton))
+def _blocks(structure: Structure, skeleton: PreTrainedModel) -> list[Block]:
+    found = [{site.role: site for site in structure.in_block(index)} for index in range(len(structure.blocks))]
+    for name, sites in zip(structure.blocks, found, strict=True):
+        attention = {"q", "k", "v", "o"} <= sites.keys() or {"qkv", "o"} <= sites.keys()
+        if "other" in sites or not attention or "down" not in sites:
+            raise InputError(f"{name}: its attention and FFN are not understood; use match: none")
+    heads = find_heads(found, skeleton)
+    return [Block(index, sites, own) for index, (sites, own) in enumerate(zip(found, heads, strict=True))]
 
 
 def _site_axes(blocks: Sequence[Block]) -> dict[str, Axes]:
