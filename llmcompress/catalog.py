@@ -64,6 +64,8 @@ _ENTRIES = (
           summary="sparse dictionary of the whitened weight, one for all that read the same input"),
     Entry("structured_ffn", "compressor", "llmcompress.compressors.structured_ffn:StructuredFFN", "2406.16450", "block",
           summary="feed-forward weights as low-rank, BlockDense or BlockShuffle layers", targets=("ffn",)),
+    Entry("layer_sharing", "compressor", "llmcompress.compressors.layer_sharing:LayerSharing", "2209.04836", "merging",
+          summary="neighbouring blocks share the mean of their matrices, neurons and heads aligned first"),
     Entry("uniform", "allocation", "llmcompress.compressors.allocation.uniform:Uniform",
           summary="every unit the same ratio"),
     Entry("svd_llm_v2", "allocation", "llmcompress.compressors.allocation.svd_llm_v2:SVDLLMV2", "2503.12340",
@@ -84,6 +86,9 @@ _ENTRIES = (
           summary="spectral-mixture Gaussian processes: positional attention; equations of high frequency"),
     Entry("singular_density", "backend", "llmcompress.backends.analysis.singular_density:SingularDensity",
           "2105.04046", "analysis", "analysis", summary="density and dimension of activations by a deep model"),
+    Entry("weight_matching", "backend", "llmcompress.backends.merging.layer_similarity:WeightMatching",
+          "2402.04051, 2209.04836", "merging", "analysis",
+          summary="how alike blocks are once neurons and heads are aligned; whole models: llmcompress merge"),
     Entry("uniform", "backend", "llmcompress.backends.sampling.uniform:Uniform", "", "sampling", "sampler",
           summary="uniform rows without replacement; the baseline"),
     Entry("sensitivity", "backend", "llmcompress.backends.sampling.sensitivity_sampling:Sensitivity", "2306.00732",
@@ -105,6 +110,7 @@ _ENTRIES = (
     Entry("low_rank", "layer", "llmcompress.layers.low_rank:LowRankLinear"),
     Entry("block_dense", "layer", "llmcompress.layers.block:BlockDenseLinear"),
     Entry("block_shuffle", "layer", "llmcompress.layers.block:BlockShuffleLinear"),
+    Entry("shared", "layer", "llmcompress.layers.shared:SharedLinear"),
     Entry("sparse_dictionary", "layer", "llmcompress.layers.sparse_dictionary:SparseDictionaryLinear"),
 )  # fmt: skip
 

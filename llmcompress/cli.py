@@ -18,6 +18,8 @@ from llmcompress.errors import InputError, RunError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from llmcompress.merge.recipe import MergeRecipe
+
 app = typer.Typer(
     help="Make language models smaller and faster by factorising their weights.",
     add_completion=False,
@@ -91,9 +93,14 @@ def apply(
 ) -> None:
     """Run a recipe: calibrate, compress, save, evaluate. Killed and run again, it goes on where it stopped."""
     from llmcompress import pipeline, show
-    from llmcompress.recipe import Recipe
+    from llmcompress.merge.recipe import MergeRecipe, load_recipe
 
-    loaded = Recipe.load(recipe, overrides + ([_output_override(output)] if output is not None else []))
+    loaded = load_recipe(recipe, overrides + ([_output_override(output)] if output is not None else []))
+    if isinstance(loaded, MergeRecipe):
+        if dry_run:
+            raise InputError(f"{recipe}: a merge has no plan to show; leave out --dry-run")
+        _merge(loaded)
+        return
     if dry_run:
         from llmcompress.dry_run import plan_tables
 
@@ -112,6 +119,48 @@ def apply(
 
 def _output_override(output: str) -> str:
     return f"output={json.dumps(output, ensure_ascii=False)}"  # YAML would read \ud83d\ude00 as two characters
+
+
+@app.command()
+def merge(
+    models: Annotated[list[str], typer.Argument(help="two or more models of one architecture, as MODEL elsewhere")],
+    out_folder: Annotated[str, typer.Option("--out", "-o", help="folder of the result")],
+    match: Annotated[str, typer.Option(help="auto, signed, orthogonal or none")] = "auto",
+    lam: Annotated[float | None, typer.Option(help="share of the second of two models; 0.5 if absent")] = None,
+    weights: Annotated[list[float], typer.Option("--weight", help="share of each model, once a model")] = [],  # noqa: B006
+    barrier: Annotated[str | None, typer.Option(help="text source: measure the loss along the path")] = None,
+    plot: Annotated[Path | None, typer.Option(help="also draw that path into this .png, .svg or .pdf")] = None,
+    r_metric: Annotated[bool, typer.Option("--r-metric", help="measure how far singular vectors agree")] = False,
+    perplexity: Annotated[list[str], typer.Option(help="text source: measure the models and the merge")] = [],  # noqa: B006
+    length: Annotated[int, typer.Option(min=2, help="tokens in a window of text")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="windows measured")] = 16,
+    dtype: Annotated[str, typer.Option(help="of the result: auto, float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="order in which more than two models are matched")] = 0,
+) -> None:
+    """Align models, average them, and write a plain checkpoint. Killed and run again, it goes on."""
+    from llmcompress.merge.run import build_recipe
+
+    given = {"lam": lam, "weights": weights or None, "barrier": barrier, "plot": str(plot) if plot else None}
+    keys: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    evaluation = {"perplexity": perplexity, "length": length, "windows": windows}
+    keys |= {"match": match, "r_metric": r_metric, "eval": evaluation, "dtype": dtype, "device": device, "seed": seed}
+    _merge(build_recipe(models, out_folder, keys, "llmcompress merge"))
+
+
+def _merge(recipe: MergeRecipe) -> None:
+    from llmcompress import show
+    from llmcompress.merge.report import findings, merge_table
+    from llmcompress.merge.run import run_merge
+
+    with show.Bars(err) as bars:
+        _log_to(err)
+        outcome = run_merge(recipe, bars)
+    out.print(merge_table(outcome.folder, outcome.metrics))
+    for finding in findings(outcome.metrics):
+        _print_line(finding)
+    if outcome.seconds:
+        out.print(show.seconds_line(outcome.seconds), style="dim")
 
 
 @app.command()

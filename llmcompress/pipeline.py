@@ -203,16 +203,16 @@ class Pipeline:
     def open_model(self) -> StreamedModel:
         location = self.location
         if location.gguf:
-            location = self._unpacked(location)
+            location = self._unpacked(location, "source")
         dtype = DTYPES.get(self.recipe.dtype, "auto")
         scratch = self.work / "offload"
         return StreamedModel(location, scratch, dtype, self.device, self.recipe.trust_remote_code)
 
-    def _unpacked(self, gguf: Location) -> Location:
-        """The GGUF model as a safetensors folder, made once a run."""
-        folder = self.work / "source"
+    def _unpacked(self, gguf: Location, name: str) -> Location:
+        """The GGUF model as a safetensors folder of that name, made once a run."""
+        folder = self.work / name
         if not folder.exists():
-            part = self.work / "source.part"
+            part = self.work / f"{name}.part"
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             with disk_errors(part):

@@ -243,20 +243,7 @@ class Recipe(Section):
 
         InputError: one line with file, key path, what is wrong, and the nearest valid name.
         """
-        path = Path(path)
-        try:
-            data = _parse_yaml(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such recipe") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read: {error}") from None
-        except InputError as error:
-            raise InputError(f"{path}: not YAML: {error}") from None
-        if not isinstance(data, dict):
-            raise InputError(f"{path}: a recipe is a mapping of keys; see `llmcompress schema`")
-        for override in overrides or []:
-            _override(data, override)
-        return cls.parse(data, str(path))
+        return cls.parse(read_recipe(path, overrides), str(path))
 
     @classmethod
     def parse(cls, data: dict[str, Any], source: str = "recipe") -> Self:
@@ -288,6 +275,24 @@ class Recipe(Section):
         except PydanticSerializationError as error:
             raise InputError(f"{source}: holds what cannot be saved: {_one_line(str(error))}") from None
         return recipe
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The keys of a YAML recipe with the overrides in place, unchecked. InputError if it is no mapping."""
+    path = Path(path)
+    try:
+        data = _parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    except InputError as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys; see `llmcompress schema`")
+    for override in overrides or []:
+        _override(data, override)
+    return data
 
 
 def parse_section(section: type[S], data: dict[str, Any], source: str) -> S:

@@ -34,6 +34,8 @@ class Site:
     input: str  #: name of the first site that reads the same tensor; sites with equal `input` share statistics
     bias: bool = False
     transposed: bool = False  #: the module stores its weight as (d_in, d_out), as GPT-2's Conv1D does
+    block_roles: tuple[str, ...] = ()  #: roles of all sites of its block
+    d_head: int = 0  #: width of a head's values, of o alone; 0 where heads cannot be told apart
 
     @property
     def dense_values(self) -> int:

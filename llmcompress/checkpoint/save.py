@@ -33,8 +33,28 @@ def save_streamed(
     entries = _entries(skeleton, source, results, store)
     write_sharded(folder, entries, max_shard_size)
     attach(skeleton)
+    skeleton.config.quantization_config.checksums = checksums(folder)
+    _save_configs(folder, source, skeleton, dtype)
+
+
+def save_dense(
+    folder: Path, source: StreamedModel, read: Callable[[str], Tensor], dtype: torch.dtype, max_shard_size: str
+) -> None:
+    """A plain checkpoint of the source's architecture with other values: `read` gives each tensor by its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    skeleton = _skeleton(source.model)
+    skipped = set(skeleton._keys_to_ignore_on_save or []) | set(skeleton.all_tied_weights_keys)
+    entries = [
+        Entry(name, dtype if t.is_floating_point() else t.dtype, tuple(t.shape), functools.partial(read, name))
+        for name, t in skeleton.state_dict().items()
+        if name not in skipped
+    ]
+    write_sharded(folder, entries, max_shard_size)
+    _save_configs(folder, source, skeleton, dtype)
+
+
+def _save_configs(folder: Path, source: StreamedModel, skeleton: PreTrainedModel, dtype: torch.dtype) -> None:
     with quiet_transformers():
-        skeleton.config.quantization_config.checksums = checksums(folder)
         skeleton.config.architectures = [type(skeleton).__name__]
         skeleton.config.dtype = str(dtype).removeprefix("torch.")
         skeleton.config.save_pretrained(folder)

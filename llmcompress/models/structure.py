@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def analyse(model: PreTrainedModel) -> Structure:
 
     InputError if the model has no stack of repeated blocks with linear maps in them.
     """
-    skeleton = _skeleton(model)
+    skeleton = weightless(model)
     blocks = _find_blocks(skeleton)
     try:
         calls, tuple_output = _trace(skeleton, blocks)
@@ -60,6 +60,7 @@ def analyse(model: PreTrainedModel) -> Structure:
         reason = f"its forward pass could not be followed: {str(error).splitlines()[0]}"
         return Structure(blocks, [], dense=dict.fromkeys(blocks, reason), tuple_output=[False] * len(blocks))
     sites = [site for index, block in enumerate(blocks) for site in _block_sites(index, block, calls)]
+    sites = [replace(site, d_head=_head_width(skeleton, site, sites)) if site.role == "o" else site for site in sites]
     structure = Structure(blocks, sites, tuple_output=tuple_output)
     _list_dense(model, skeleton, structure)
     return structure
@@ -71,7 +72,7 @@ def dimensions(module: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
-def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
+def weightless(model: PreTrainedModel) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         skeleton = type(model)(model.config)
     for _, module in skeleton.named_modules():
@@ -164,9 +165,22 @@ def _block_sites(index: int, block: str, calls: list[_Call]) -> list[Site]:
                 input=first_reader[id(call.input)],
                 bias=getattr(call.module, "bias", None) is not None,
                 transposed=isinstance(call.module, Conv1D),
+                block_roles=tuple(roles.get(other.name, "other") for other in inside),
             )
         )
     return sites
+
+
+def _head_width(skeleton: PreTrainedModel, output: Site, sites: list[Site]) -> int:
+    """Width of a head's values, by the map that reads them; 0 if a norm of all heads tells them apart."""
+    heads = getattr(skeleton.config, "num_attention_heads", None)
+    query = next(site for site in sites if site.block == output.block and site.role in ("q", "qkv"))
+    if not isinstance(heads, int) or output.d_in % heads:
+        return 0
+    width = output.d_in // heads
+    beside = skeleton.get_submodule(query.name.rpartition(".")[0]).children()
+    norms = [gain for m in beside if not isinstance(m, LINEARS) for gain in m.parameters(recurse=False)]
+    return 0 if any(gain.shape != (width,) for gain in norms) else width
 
 
 def _roles(block: str, readers: dict[str, list[_Call]]) -> dict[str, str]:

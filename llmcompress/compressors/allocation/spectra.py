@@ -18,9 +18,11 @@ LOSS_NEEDS = frozenset({"gram", "output_gram"})
 def profile(compressor: Compressor, problem: Problem, spectra: Spectra) -> Profile:
     """The unit's profile with the costs of the compressor and the spectrum of the wanted space.
 
-    A method that reads output gradients measures losses itself, with its own options.
+    A method that reads output gradients measures losses itself, with its own options; so does one whose units are no
+    one matrix, in any space.
     """
-    if spectra == "own" or (spectra == "loss" and "output_gram" in compressor.needs):
+    itself = getattr(compressor, "profiles_itself", False)
+    if spectra == "own" or itself or (spectra == "loss" and "output_gram" in compressor.needs):
         return compressor.profile(problem)
     with naming(problem.name):
         weight = stacked_weight(problem)

@@ -1,0 +1,1 @@
+"""Symmetries of networks: matching models by them, merging, and what lies between two models."""

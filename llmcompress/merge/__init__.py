@@ -1,0 +1,1 @@
+"""Merging checkpoints: the command, its recipe and its report."""
