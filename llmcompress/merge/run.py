@@ -156,8 +156,8 @@ class MergeRun(Pipeline):
 
     def _texts(self, source: Source) -> dict[str, Tensor]:
         """Windows of the texts that losses are measured on."""
-        from llmcompress_eval.compare import evaluation_windows
         from llmcompress_eval.perplexity import check_input
+        from llmcompress_eval.text import evaluation_windows
 
         evaluation = self.recipe.eval
         wanted = dict.fromkeys([*evaluation.perplexity, *([self.section.barrier] if self.section.barrier else [])])
@@ -167,8 +167,8 @@ class MergeRun(Pipeline):
             load_tokenizer(source.location), list(wanted), evaluation.length, evaluation.windows, evaluation.field
         )
         for windows in texts.values():
-            check_input(source.model, windows)
-        return texts
+            check_input(source.model, windows.tokens)
+        return {name: windows.tokens for name, windows in texts.items()}
 
     # -- matching ---------------------------------------------------------------------------------------------------
 

@@ -139,11 +139,10 @@ def test_figures_along_the_path(pair, text, tmp_path):
     values = list(found["perplexity"][str(text)].values())
     assert values[2] == pytest.approx(values[0], rel=1e-6)
 
-    from llmcompress_eval.command import evaluate_model
+    from llmcompress_eval.command import Request, evaluate_model
 
-    again = evaluate_model(
-        str(pair[0]), [str(text)], 32, 3, 1, "auto", "cpu", "text", False, llmcompress.engine.Silent()
-    )
+    request = Request(str(pair[0]), perplexity=[str(text)], length=32, windows=3, device="cpu")
+    again = evaluate_model(request, llmcompress.engine.Silent())
     assert values[0] == pytest.approx(again["perplexity"][str(text)]["perplexity"], rel=1e-5)
 
 
