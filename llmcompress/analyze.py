@@ -18,13 +18,13 @@ from llmcompress.backends.ports import Analysis, Subject
 from llmcompress.backends.report import Report
 from llmcompress.calibration import text
 from llmcompress.calibration.collect import capture_inputs
-from llmcompress.engine import Progress, Silent
 from llmcompress.errors import InputError
 from llmcompress.models.load import StreamedModel, load_model, load_tokenizer, locate
 from llmcompress.models.runner import Runner
 from llmcompress.models.structure import Structure, analyse
 from llmcompress.pipeline import choose_device
 from llmcompress.plan import select_sites
+from llmcompress.progress import Progress, Silent
 from llmcompress.types import Site
 
 #: where in the model's depth the default sites lie

@@ -15,14 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmcompress.calibration import text
 from llmcompress.checkpoint.install import install, structured_layers
 from llmcompress.checkpoint.quantizer import attach
-from llmcompress.engine import Engine, Progress, Settings, load_layers
+from llmcompress.engine import Engine, Settings
 from llmcompress.errors import InputError
 from llmcompress.finetune.block_recovery import check_plan
 from llmcompress.finetune.train import Training, train
 from llmcompress.models.runner import Runner
 from llmcompress.models.structure import analyse
 from llmcompress.plan import make_plan
+from llmcompress.progress import Progress
 from llmcompress.recipe import Finetune, Recipe, parse_section
+from llmcompress.results import load_layers
 from llmcompress.workspace import MemoryStore
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from llmcompress.engine import Silent
 from llmcompress.pipeline import Pipeline
 from llmcompress.plan import Plan
+from llmcompress.progress import Silent
 from llmcompress.recipe import Recipe
 
 

@@ -6,41 +6,28 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmcompress.calibration.collect import InputStatistics, capture_inputs
 from llmcompress.calibration.fisher import OutputStatistics, sample_labels, token_losses
-from llmcompress.checkpoint.install import build_layer, install, layer_spec, shared_tensors
+from llmcompress.checkpoint.install import install, shared_tensors
 from llmcompress.compressors.allocation.spectra import profile as profile_in
 from llmcompress.errors import InputError, RunError
 from llmcompress.finetune.block_recovery import recover_block
 from llmcompress.layers.base import StructuredLinear
 from llmcompress.models.runner import Runner, check_finite
 from llmcompress.plan import Plan, Step
+from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import BlockRecovery
+from llmcompress.results import SiteResult, site_result
 from llmcompress.types import Budget, Problem, Profile, Site, Statistics
 from llmcompress.workspace import Store
 
 log = logging.getLogger("llmcompress")
-
-
-class Progress(Protocol):
-    """Told about long work, so that it can be shown."""
-
-    def start(self, stage: str, total: int) -> None: ...
-    def advance(self, detail: str) -> None: ...
-
-
-class Silent:
-    def start(self, stage: str, total: int) -> None:
-        pass
-
-    def advance(self, detail: str) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -54,22 +41,6 @@ class Settings:
     recovery: BlockRecovery | None = None
     sampler: Any = None  # a backend that chooses calibration rows, and a maker of one that summarises each input's
     stream: Callable[[], Any] | None = None
-
-
-@dataclass
-class SiteResult:
-    """What became of one site, for the report. Values and bits are those the checkpoint stores, bias left out."""
-
-    name: str
-    role: str
-    block: int
-    method: str
-    dense_values: int
-    stored_bits: int
-    stored_values: float  # dense values: 16 bits of masks and narrow values are one, a full-width value is one
-    error: float | None = None
-    notes: list[str] = field(default_factory=list)
-    spec: dict[str, Any] | None = None  # None: left dense
 
 
 class Engine:
@@ -447,34 +418,9 @@ def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
-def site_result(
-    site: Site, method: str, weight: Tensor, layer: StructuredLinear | None, error: float | None, notes: list[str]
-) -> SiteResult:
-    width = weight.element_size() * 8
-    bits = layer.storage_bits if layer is not None else site.dense_values * width
-    values = layer.storage_values if layer is not None else float(site.dense_values)
-    spec = layer_spec(layer) if layer is not None else None
-    return SiteResult(site.name, site.role, site.block, method, site.dense_values, bits, values, error, notes, spec)
-
-
 def _to(statistics: Statistics, device: torch.device) -> Statistics:
     for name in Statistics.SUMS:
         value = getattr(statistics, name)
         if value is not None and value.device != device:
             setattr(statistics, name, value.to(device))
     return statistics
-
-
-def load_layers(results: Sequence[SiteResult], store: Store, dtype: torch.dtype) -> dict[str, StructuredLinear]:
-    """The structured layers of a finished run, filled from the store."""
-    layers = {r.name: build_layer(r.name, r.spec, dtype, "cpu") for r in results if r.spec is not None}
-    blocks = sorted({result.block for result in results})
-    tensors: dict[str, Tensor] = {}
-    for block in blocks:
-        tensors |= store.get(f"blocks/{block:05d}")[0]
-    tied = shared_tensors(layers)
-    for name, layer in layers.items():
-        wanted = {key: f"{name}.{key}" for key in layer.state_dict()}
-        layer.load_state_dict({key: tensors[tied.get(full, full)] for key, full in wanted.items()})
-        layer.after_load()
-    return layers

@@ -25,7 +25,7 @@ import llmcompress
 from llmcompress.calibration import text
 from llmcompress.checkpoint.card import model_card
 from llmcompress.checkpoint.save import save_streamed
-from llmcompress.engine import Engine, Progress, Settings, Silent, SiteResult
+from llmcompress.engine import Engine, Settings
 from llmcompress.errors import InputError
 from llmcompress.finetune.block_recovery import check_plan
 from llmcompress.finetune.data import check_teacher, check_tokens, read_tokens, teacher_config
@@ -45,7 +45,9 @@ from llmcompress.models.load import (
 from llmcompress.models.runner import Runner
 from llmcompress.models.structure import analyse
 from llmcompress.plan import Plan, make_plan
+from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Recipe
+from llmcompress.results import SiteResult
 from llmcompress.workspace import DiskStore, digest, disk_errors, replace_durably, sync, write_text
 
 if TYPE_CHECKING:

@@ -11,11 +11,12 @@ from typing import Any
 
 from llmcompress import catalog
 from llmcompress.calibration.collect import BACKWARD
-from llmcompress.engine import Engine, Progress
+from llmcompress.engine import Engine
 from llmcompress.errors import InputError
 from llmcompress.models.runner import Runner
 from llmcompress.pipeline import Outcome, Pipeline
 from llmcompress.plan import Plan, make_plan
+from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.workspace import DiskStore, Tensors, digest
 

@@ -11,11 +11,11 @@ import yaml
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from llmcompress.engine import Progress
 from llmcompress.errors import InputError
 from llmcompress.finetune.command import compressed_sites
 from llmcompress.models.load import DTYPES, Location, load_model, load_tokenizer, locate
 from llmcompress.pipeline import choose_device, versions
+from llmcompress.progress import Progress
 from llmcompress.workspace import write_text
 from llmcompress_eval import tasks
 from llmcompress_eval.agreement import agreement

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmcompress.engine import Progress
+from llmcompress.progress import Progress
 from llmcompress_eval.perplexity import Windows, perplexity
 from llmcompress_eval.speed import measure
 

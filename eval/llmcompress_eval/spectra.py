@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmcompress.checkpoint.install import structured_layers
-from llmcompress.engine import Progress
+from llmcompress.progress import Progress
 
 
 def site_spectra(

@@ -10,8 +10,8 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from llmcompress.engine import Progress
 from llmcompress.models.load import quiet_transformers
+from llmcompress.progress import Progress
 from llmcompress_eval.memory import decode_bytes
 from llmcompress_eval.speed import measure, measure_generate
 from llmcompress_eval.speed_modules import ModuleSpeed, copy_bandwidth, measure_modules, module_table

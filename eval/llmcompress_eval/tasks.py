@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.catalog import nearest
-from llmcompress.engine import Progress
 from llmcompress.errors import InputError
+from llmcompress.progress import Progress
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -18,9 +18,9 @@ from llmcompress_eval.text import evaluation_windows
 from rich.console import Console
 
 import llmcompress
-from llmcompress.engine import Silent
 from llmcompress.errors import InputError
 from llmcompress.models.load import load_model, locate
+from llmcompress.progress import Silent
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer, write_text
 
 

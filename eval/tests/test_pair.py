@@ -12,7 +12,7 @@ from llmcompress_eval.text import evaluation_windows
 
 import llmcompress
 from llmcompress.calibration.text import python_docs, tokenize
-from llmcompress.engine import Silent
+from llmcompress.progress import Silent
 from tests.tiny import tiny_model, tiny_tokenizer, write_text
 
 

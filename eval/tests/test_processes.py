@@ -9,7 +9,7 @@ import pytest
 from llmcompress_eval.command import Request, evaluate_model
 from llmcompress_eval.processes import ALONE, Processes
 
-from llmcompress.engine import Silent
+from llmcompress.progress import Silent
 from tests.tiny import save_tiny, write_text
 
 

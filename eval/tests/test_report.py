@@ -17,8 +17,8 @@ from llmcompress_eval.runs import read_run, read_runs
 from rich.console import Console
 
 import llmcompress
-from llmcompress.engine import Silent
 from llmcompress.errors import InputError
+from llmcompress.progress import Silent
 from llmcompress.recipe import Recipe
 from tests.tiny import recipe, save_tiny, write_text
 

@@ -9,8 +9,8 @@ from llmcompress_eval.perplexity import perplexity
 from llmcompress_eval.tasks import evaluate_tasks, load_tasks
 
 import llmcompress
-from llmcompress.engine import Silent
 from llmcompress.errors import InputError
+from llmcompress.progress import Silent
 from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 RECORDS = [

@@ -16,8 +16,8 @@ from llmcompress.checkpoint.install import build_layer, install
 from llmcompress.checkpoint.quantizer import attach
 from llmcompress.checkpoint.verify import checksums
 from llmcompress.checkpoint.writer import Entry, write_sharded
-from llmcompress.engine import SiteResult
 from llmcompress.models.load import Location, StreamedModel, load_tokenizer, quiet_transformers
+from llmcompress.results import SiteResult
 from llmcompress.workspace import Store
 
 

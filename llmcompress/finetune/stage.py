@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from llmcompress.checkpoint.install import build_layer
-from llmcompress.engine import Progress, SiteResult
 from llmcompress.finetune.save import save_trained
 from llmcompress.finetune.train import train
 from llmcompress.models.load import Location, load_model, read_config
+from llmcompress.progress import Progress
 from llmcompress.recipe import Finetune
+from llmcompress.results import SiteResult
 from llmcompress.workspace import replace_durably, sync, write_text
 
 log = logging.getLogger("llmcompress")

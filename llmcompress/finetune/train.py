@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmcompress.engine import Progress, Silent
 from llmcompress.errors import InputError, RunError
 from llmcompress.finetune.data import check_teacher, check_tokens, split
 from llmcompress.finetune.lora import add_adapters, drop_adapters, fold_adapters
@@ -26,6 +25,7 @@ from llmcompress.finetune.lrc import freeze_to_lrc, optimizer_bytes, pack_layers
 from llmcompress.finetune.self_guided import GUIDE, GuideSchedule, SelfGuidedCallback
 from llmcompress.finetune.trainer import FinetuneTrainer, last_checkpoint, perplexity, training_arguments
 from llmcompress.models.load import quiet_transformers
+from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Finetune
 from llmcompress.workspace import digest, disk_errors, replace_durably, write_text
 

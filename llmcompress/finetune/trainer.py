@@ -14,12 +14,12 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
-from llmcompress.engine import Progress
 from llmcompress.errors import RunError
 from llmcompress.finetune.losses import block_output_loss, distillation_loss, next_token_loss
 from llmcompress.finetune.lrc import trainable
 from llmcompress.finetune.optimizers import build_optimizer
 from llmcompress.finetune.self_guided import SelfGuidedCallback
+from llmcompress.progress import Progress
 from llmcompress.recipe import Finetune
 from llmcompress.workspace import disk_errors, sync
 

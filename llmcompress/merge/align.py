@@ -9,9 +9,9 @@ from torch import Tensor
 
 from llmcompress.backends.merging.alignment import Alignment, Read, aligned, mean
 from llmcompress.backends.merging.decoder_matching import match_decoder
-from llmcompress.engine import Progress
 from llmcompress.merge.recipe import Match
 from llmcompress.models.symmetry import Groups
+from llmcompress.progress import Progress
 from llmcompress.workspace import Store
 
 KEY = "match"

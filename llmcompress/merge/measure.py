@@ -15,10 +15,10 @@ from llmcompress.backends.merging.alignment import Read, mean
 from llmcompress.backends.merging.connectivity import POINTS, SingularVectors, barrier_along
 from llmcompress.backends.merging.permutations import squared_distance
 from llmcompress.backends.report import Curve, Report
-from llmcompress.engine import Progress
 from llmcompress.errors import InputError
 from llmcompress.merge.sources import Source, mean_loss
 from llmcompress.models.structure import Structure
+from llmcompress.progress import Progress
 
 GAMMAS = (0.0, 0.3, 0.5)
 PLOTS = (".png", ".svg", ".pdf")

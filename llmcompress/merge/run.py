@@ -22,7 +22,6 @@ from llmcompress.backends.merging.alignment import (
     mean,
 )  # fmt: skip
 from llmcompress.checkpoint.save import save_dense
-from llmcompress.engine import Progress, Silent
 from llmcompress.errors import InputError
 from llmcompress.finetune.stage import stored_dtype
 from llmcompress.merge.align import Aligner
@@ -34,6 +33,7 @@ from llmcompress.models.load import DTYPES, Location, fingerprint, load_tokenize
 from llmcompress.models.structure import Structure, analyse
 from llmcompress.models.symmetry import Groups, find_groups
 from llmcompress.pipeline import Outcome, Pipeline, sync_folder, versions
+from llmcompress.progress import Progress, Silent
 from llmcompress.workspace import DiskStore, digest, disk_errors, sync
 
 

@@ -22,13 +22,14 @@ from llmcompress.compressors.kfac_svd import KFACSVD, KFACSVDOptions, two_sided_
 from llmcompress.compressors.low_rank import LowRankFactors, joint_statistics, pivot, rank_costs, stacked_weight
 from llmcompress.compressors.svd import svd_factorize
 from llmcompress.compressors.svd_llm import svd_llm_factorize
-from llmcompress.engine import Engine, Settings, load_layers
+from llmcompress.engine import Engine, Settings
 from llmcompress.errors import InputError
 from llmcompress.models.load import load_model, locate
 from llmcompress.models.runner import Runner
 from llmcompress.models.structure import analyse
 from llmcompress.plan import make_plan
 from llmcompress.recipe import Recipe
+from llmcompress.results import load_layers
 from llmcompress.types import Budget, Problem, Profile, Site, Statistics
 from llmcompress.workspace import DiskStore, MemoryStore
 

@@ -20,6 +20,7 @@ from llmcompress.merge import run as merge_run
 from llmcompress.merge.recipe import MergeRecipe, load_recipe
 from llmcompress.models.load import Location, load_model
 from llmcompress.models.symmetry import find_groups
+from llmcompress.progress import Silent
 from tests.scramble import save_pair, save_scrambled
 from tests.tiny import recipe, save_tiny, tiny_model, tiny_tokenizer, write_text
 
@@ -142,7 +143,7 @@ def test_figures_along_the_path(pair, text, tmp_path):
     from llmcompress_eval.command import Request, evaluate_model
 
     request = Request(str(pair[0]), perplexity=[str(text)], length=32, windows=3, device="cpu")
-    again = evaluate_model(request, llmcompress.engine.Silent())
+    again = evaluate_model(request, Silent())
     assert values[0] == pytest.approx(again["perplexity"][str(text)]["perplexity"], rel=1e-5)
 
 

@@ -11,12 +11,13 @@ from llmcompress import InputError, Recipe, RunError, catalog
 from llmcompress.calibration.fisher import FisherAccumulator
 from llmcompress.compressors.svd_llm import svd_llm_factorize
 from llmcompress.dry_run import plan_tables
-from llmcompress.engine import Engine, Settings, Silent
+from llmcompress.engine import Engine, Settings
 from llmcompress.models.load import Location, load_model
 from llmcompress.models.runner import Runner
 from llmcompress.models.structure import analyse
 from llmcompress.pipeline import Pipeline
 from llmcompress.plan import make_plan
+from llmcompress.progress import Silent
 from llmcompress.workspace import MemoryStore
 from tests.tiny import recipe, save_tiny, tiny_model, tiny_tokenizer, write_text
 

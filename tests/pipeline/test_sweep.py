@@ -6,8 +6,9 @@ import pytest
 
 import llmcompress
 from llmcompress.compressors.svd import SVD
-from llmcompress.engine import Engine, Silent
+from llmcompress.engine import Engine
 from llmcompress.errors import InputError, RunError
+from llmcompress.progress import Silent
 from llmcompress.recipe import Recipe
 from llmcompress.sweep import parse_ratios, sweep, sweep_recipes
 from tests.tiny import recipe, save_tiny, write_text
