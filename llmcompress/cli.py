@@ -18,6 +18,7 @@ from llmcompress.errors import InputError, RunError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from llmcompress.backends.report import Report
     from llmcompress.merge.recipe import MergeRecipe
 
 app = typer.Typer(
@@ -113,6 +114,8 @@ def apply(
     out.print(show.kept_table(outcome.metrics["sites"]))
     if pair := outcome.metrics.get("finetune", {}).get("validation_perplexity"):
         out.print(f"fine-tuning: perplexity of the held-out text {pair['before']:.2f} -> {pair['after']:.2f}")
+    for report in outcome.reports:
+        _print_report(report)
     if outcome.seconds:
         out.print(show.seconds_line(outcome.seconds), style="dim")
 
@@ -342,12 +345,16 @@ def analyze(
         report = analyze_model(
             model, backend, parse_options(options), data, field, samples, length, site, seed, device, bars
         )
-    out.print(report.table())
-    for finding in report.findings:
-        _print_line(finding)
+    _print_report(report)
     _write_json(json_file, report.as_json())
     if plot is not None:
         report.save_plot(plot)
+
+
+def _print_report(report: Report) -> None:
+    out.print(report.table())
+    for finding in report.findings:
+        _print_line(finding)
 
 
 @app.command()

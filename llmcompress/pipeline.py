@@ -10,7 +10,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from llmcompress_eval.runs import METRICS
 from torch import Tensor
 
 import llmcompress
+from llmcompress.backends.report import Report
 from llmcompress.calibration import text
 from llmcompress.checkpoint.card import model_card
 from llmcompress.checkpoint.save import save_streamed
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llmcompress")
 
+ANALYSIS = "analysis.json"
+
 
 @dataclass
 class Outcome:
@@ -66,6 +69,7 @@ class Outcome:
     metrics: dict[str, Any]
     seconds: dict[str, float]
     speed: dict[str, Any] | None = None
+    reports: list[Report] = field(default_factory=list)
 
 
 def apply(
@@ -98,7 +102,7 @@ class Pipeline:
 
     def _fingerprint(self) -> str:
         """Identifies all that the compressed weights depend on, so that old work of another run is never mixed in."""
-        recipe = self.recipe.model_dump(mode="json", exclude={"output", "eval", "model", "max_shard_size"})
+        recipe = self.recipe.model_dump(mode="json", exclude={"output", "eval", "analysis", "model", "max_shard_size"})
         sources = [Path(self.recipe.calibration.dataset).expanduser()]
         models = [fingerprint(self.location)]
         if (section := self.recipe.finetune) is not None:
@@ -152,13 +156,14 @@ class Pipeline:
             "sites": [asdict(item) for item in results],
         }
         speed = self._evaluate(source, result, metrics, texts)
+        reports = self._analyse(result)
         with disk_errors(result):
             self._describe(result, metrics)
             sync_folder(result)
             os.replace(result, self.output)
             sync(self.output.parent)
         self._remove_work()
-        return Outcome(self.output, metrics, self.seconds, speed)
+        return Outcome(self.output, metrics, self.seconds, speed, reports)
 
     def _finetune(self, source: StreamedModel, result: Path, tokens: Tensor) -> tuple[Path, dict[str, Any]]:
         """The folder of the trained model and what its training reports."""
@@ -173,13 +178,14 @@ class Pipeline:
         return tuned, read_report(self.work)
 
     def _evaluate_again(self, source: StreamedModel, metrics: dict[str, Any], texts: dict[str, Windows]) -> Outcome:
-        """The weights are there; only the recipe's `eval` section is another."""
+        """The weights are there; only what is measured is another."""
         log.info("%s: compressed already; only evaluated again", self.output)
         speed = self._evaluate(source, self.output, metrics, texts)
+        reports = self._analyse(self.output)
         with disk_errors(self.output):
             self._describe(self.output, metrics)
         self._remove_work()
-        return Outcome(self.output, metrics, self.seconds, speed)
+        return Outcome(self.output, metrics, self.seconds, speed, reports)
 
     def prepare(self) -> tuple[StreamedModel, Plan, Tensor, dict[str, Windows]]:
         """Opens the model, plans the steps, reads the calibration and evaluation texts: all that can be wrong.
@@ -272,10 +278,11 @@ class Pipeline:
     def _evaluation_digest(self) -> str:
         """Identifies what is measured. Speed is not: it is printed, and no part of the files."""
         evaluation = self.recipe.eval.model_dump(mode="json", exclude={"speed"})
+        analyses = [chosen.model_dump(mode="json") for chosen in self.recipe.analysis]
         from llmcompress_eval.perplexity import Perplexity
 
         texts = [file_digest(path) for path in map(Path, self.recipe.eval.perplexity) if path.is_file()]
-        return digest([evaluation, texts, [figure.name for figure in fields(Perplexity)]])
+        return digest([evaluation, analyses, texts, [figure.name for figure in fields(Perplexity)]])
 
     def _evaluate(
         self, source: StreamedModel, result: Path, metrics: dict[str, Any], texts: dict[str, Windows]
@@ -294,6 +301,25 @@ class Pipeline:
                     texts, evaluation.speed, self.progress, self.dense_figures,
                 )  # fmt: skip
         return speed
+
+    def _analyse(self, result: Path) -> list[Report]:
+        """Runs the analyses on the dense model; reports hold times, so that they are no part of the metrics."""
+        from llmcompress.analyze import analyze_model
+
+        if not self.recipe.analysis:
+            return []
+        with self._timed("analyse"):
+            reports = [
+                analyze_model(
+                    self.recipe.model, chosen.name, chosen.options, chosen.dataset, samples=chosen.samples,
+                    length=chosen.length, sites=chosen.sites, seed=self.recipe.seed, device=self.recipe.device,
+                    progress=self.progress,
+                )
+                for chosen in self.recipe.analysis
+            ]  # fmt: skip
+        with disk_errors(result):
+            write_text(result / ANALYSIS, json.dumps([report.as_json() for report in reports], indent=1) + "\n")
+        return reports
 
     def _describe(self, result: Path, metrics: dict[str, Any]) -> None:
         """The recipe as run, the metrics and the model card; the metrics last, since they say that all is there."""

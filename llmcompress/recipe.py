@@ -219,6 +219,15 @@ class Finetune(Section):
         return self
 
 
+class Analysis(Backend):
+    """A backend's look at the dense model, after the evaluation; further keys are the backend's own options."""
+
+    dataset: str = Field("python-docs", description="text source, as in calibration")
+    samples: int = Field(8, ge=1, description="sequences")
+    length: int = Field(512, ge=2, description="tokens in each")
+    sites: list[str] = Field([], description="roles, or regexes over module names; three blocks' inputs if empty")
+
+
 class Recipe(Section):
     """A whole run: which model, calibrated on what, compressed how, evaluated on what, written where."""
 
@@ -234,6 +243,7 @@ class Recipe(Section):
     block_recovery: BlockRecovery | None = Field(None, description="fit each block to the dense one's outputs")
     finetune: Finetune | None = Field(None, description="training after compression")
     eval: Evaluation = Field(default_factory=Evaluation, description="what is measured at the end")
+    analysis: list[Analysis] = Field([], description="analyses whose reports lie beside the result, in analysis.json")
     max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?[KMG]?B$", description="largest safetensors file")
     output: str = Field(min_length=1, description="folder of the result")
 
@@ -270,6 +280,8 @@ class Recipe(Section):
             optimizer, at = recipe.finetune.optimizer, f"{source}: finetune.optimizer"
             _check_choice(at, "optimizer", optimizer.name)
             _check_options(at, catalog.get("optimizer", optimizer.name).load().Options, optimizer.options, ("name",))
+        for index, chosen in enumerate(recipe.analysis):
+            _check_backend(f"{source}: analysis.{index}", chosen, None)
         try:
             recipe.model_dump_json()  # it is saved beside the result
         except PydanticSerializationError as error:
@@ -308,16 +320,21 @@ def _check_choice(at: str, kind: str, name: str) -> None:
         raise InputError(f"{at}: {error}") from None
 
 
-def _check_backend(at: str, given: Any, port: str) -> None:
-    """InputError unless `given` (None, a name or a mapping) is a backend of that port with options that it has."""
+def _check_backend(at: str, given: Any, port: str | None) -> None:
+    """InputError unless `given` (None, a name or a mapping) is a backend with options that it has.
+
+    port: where it has to plug in; None: it has to offer an analysis, wherever it does.
+    """
     if given is None:
         return
     choice = Backend.model_validate(given)
     try:
-        entry = catalog.get("backend", choice.name, port)
+        backend = catalog.get("backend", choice.name, port).load()
     except InputError as error:
         raise InputError(f"{at}: {error}") from None
-    _check_options(at, entry.load().Options, choice.options, ("name",))
+    if port is None and not hasattr(backend, "analyze"):
+        raise InputError(f"{at}: the backend '{choice.name}' has no analysis")
+    _check_options(at, backend.Options, choice.options, tuple(type(choice).model_fields))
 
 
 def _check_options(at: str, options: type[BaseModel], given: dict[str, Any], also: tuple[str, ...]) -> None:

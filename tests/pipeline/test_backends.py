@@ -398,3 +398,36 @@ def test_a_report_without_curves_has_no_plot(tmp_path, folder, text):
     found = analyze_model(str(folder), "volume", {"rank": 3}, str(text), samples=20, length=16)
     with pytest.raises(InputError, match="no curves"):
         found.save_plot(tmp_path / "plot.png")
+
+
+# --- analyses in a recipe --------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_runs_analyses_and_keeps_their_reports(folder, text, tmp_path):
+    """Another list of them on the same run measures again and compresses nothing again."""
+    given = recipe(folder, text, tmp_path / "out")
+    section = {"name": "top_eigenvector", "dataset": str(text), "samples": 2, "length": 32}
+    first = Pipeline(Recipe.parse(given | {"analysis": [section]}), _Quiet()).run()
+    (report,) = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert report["title"] == first.reports[0].title
+    assert report["rows"] == first.reports[0].as_json()["rows"]
+    weights = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    two = [section, section | {"sites": ["down"]}]
+    again = Pipeline(Recipe.parse(given | {"analysis": two}), _Quiet()).run()
+    assert len(again.reports) == 2
+    assert "compress" not in again.seconds
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == weights
+    done = Pipeline(Recipe.parse(given | {"analysis": two}), _Quiet()).run()
+    assert done.reports == []
+
+
+def test_bad_analyses_in_a_recipe(folder, text, tmp_path):
+    given = recipe(folder, text, tmp_path / "out")
+    for section, message in (
+        ({"name": "top_eigenvectr"}, r"analysis\.0: unknown backend 'top_eigenvectr'; did you mean 'top_eigenvector'"),
+        ({"name": "top_eigenvector", "rnk": 3}, r"analysis\.0.*rnk"),
+        ({"name": "uniform"}, r"analysis\.0: the backend 'uniform' has no analysis"),
+        ({"name": "volume", "samples": 0}, r"analysis\.0\.samples"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Recipe.parse(given | {"analysis": [section]})
