@@ -383,7 +383,7 @@ def converted(model, structure, init, seed=0):
     return model
 
 
-def fit(model, text, steps, seed=0, guide=None, lr=3e-3):
+def fit(model, text, steps, seed=0, guide=None):
     """As published: AdamW, decay 0.1, clipped at 1, a tenth of warm-up, a cosine to a tenth.
 
     guide: None, "always" or "stochastic", for the first half.
@@ -391,7 +391,7 @@ def fit(model, text, steps, seed=0, guide=None, lr=3e-3):
     generator, schedule = torch.Generator().manual_seed(seed), GuideSchedule(steps)
     if guide:
         attach_guides(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.1)
     rate = get_cosine_with_min_lr_schedule_with_warmup(optimizer, steps // 10, steps, min_lr_rate=0.1)
     model.train()
     for step in range(steps):
@@ -450,7 +450,7 @@ def test_a_projection_is_worth_more_than_a_guide_after_a_conversion(texts):
     for structure in STRUCTURES:
         found = {}
         for init, guide in (("random", None), ("project", None), ("project", "always")):
-            model = fit(converted(dense, structure, init), texts[0], 100, 1, guide, 1e-3)
+            model = fit(converted(dense, structure, init), texts[0], 100, 1, guide)
             found[init, guide] = held_out_loss(model, texts[1])
         print(structure, found)
         assert found["project", None] <= found["random", None] - 0.2
