@@ -352,7 +352,7 @@ def test_repair_restores_statistics_and_lowers_the_half_barrier(digits):
 @pytest.mark.slow
 def test_unrelated_tiny_llamas_come_closer_and_stay_apart():
     """Byte-level, trained from different initialisations: the barrier falls, and is far from zero."""
-    text = torch.tensor(list(python_docs("calibration")[0].encode()[:200_000]))
+    text = torch.tensor(list(python_docs("train")[0].encode()[:200_000]))
     held_out = torch.tensor(list(python_docs("test")[0].encode()[:4096])).view(-1, 128)
     nets = [tiny_llama(text, seed) for seed in range(3)]
     groups = find_groups(nets[0])
