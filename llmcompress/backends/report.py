@@ -77,7 +77,8 @@ class Report:
         for curve in self.curves:
             axes.plot(curve.x, curve.y, marker=".", label=curve.label)
         positive = all(value > 0 for curve in self.curves for value in curve.y)
-        axes.set(title=self.title, xlabel=self.x_label, ylabel=self.y_label, yscale="log" if positive else "linear")
+        axes.set_title(self.title, fontsize="small", wrap=True)
+        axes.set(xlabel=self.x_label, ylabel=self.y_label, yscale="log" if positive else "linear")
         axes.legend(fontsize="small")
         try:
             figure.savefig(path)
