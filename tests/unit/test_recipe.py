@@ -268,5 +268,5 @@ def test_the_schema_takes_short_forms():
 def test_the_schema_refers_only_to_what_it_defines():
     schema = recipe_schema()
     references = re.findall(r"'\$ref': '#/\$defs/(\w+)'", str(schema))
-    sections = {"Calibration", "Compress", "Evaluation", "Finetune", "SelfGuided", "BlockRecovery"}
+    sections = {"Analysis", "Calibration", "Compress", "Evaluation", "Finetune", "SelfGuided", "BlockRecovery"}
     assert set(references) == sections | {"Backend", "Optimizer"} <= set(schema["$defs"])
