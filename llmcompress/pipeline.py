@@ -9,7 +9,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,8 +117,11 @@ class Pipeline:
     @property
     def finished(self) -> bool:
         """Whether `run` has nothing left to do."""
-        found = self._finished()
-        return found is not None and found["evaluation"] == self._evaluation_digest()
+        return self._measured(self._finished())
+
+    def _measured(self, finished: dict[str, Any] | None) -> bool:
+        """Whether the metrics of a finished run, if there are any, hold all that this recipe measures."""
+        return finished is not None and finished["evaluation"] == self._evaluation_digest()
 
     def settings(self) -> Settings:
         calibration = self.recipe.calibration
@@ -128,7 +132,7 @@ class Pipeline:
 
     def run(self) -> Outcome:
         finished = self._finished()
-        if finished and self.finished:
+        if finished and self._measured(finished):
             log.info("%s: already finished for this recipe and model", self.output)
             return Outcome(self.output, finished, {})
         if not finished:
@@ -156,13 +160,8 @@ class Pipeline:
             "sites": [asdict(item) for item in results],
         }
         speed = self._evaluate(source, result, metrics, texts)
-        reports = self._analyse(result)
-        with disk_errors(result):
-            self._describe(result, metrics)
-            sync_folder(result)
-            os.replace(result, self.output)
-            sync(self.output.parent)
-        self._remove_work()
+        reports = self._analyse(source, result)
+        self._publish(result, metrics)
         return Outcome(self.output, metrics, self.seconds, speed, reports)
 
     def _finetune(self, source: StreamedModel, result: Path, tokens: Tensor) -> tuple[Path, dict[str, Any]]:
@@ -181,10 +180,8 @@ class Pipeline:
         """The weights are there; only what is measured is another."""
         log.info("%s: compressed already; only evaluated again", self.output)
         speed = self._evaluate(source, self.output, metrics, texts)
-        reports = self._analyse(self.output)
-        with disk_errors(self.output):
-            self._describe(self.output, metrics)
-        self._remove_work()
+        reports = self._analyse(source, self.output)
+        self._publish(self.output, metrics)
         return Outcome(self.output, metrics, self.seconds, speed, reports)
 
     def prepare(self) -> tuple[StreamedModel, Plan, Tensor, dict[str, Windows]]:
@@ -192,21 +189,26 @@ class Pipeline:
 
         Bad input leaves nothing behind.
         """
+        with self.nothing_left_behind(), self._timed("load"):
+            source = self.open_model()
+            plan = make_plan(analyse(source.model), self.recipe.compress)
+            if self.recipe.block_recovery is not None:
+                check_plan(plan)
+            texts = self._evaluation_texts(source)
+            tokens = self._calibration_tokens(source)
+            self._training_tokens = self._read_training_tokens(source)
+        return source, plan, tokens, texts
+
+    @contextmanager
+    def nothing_left_behind(self) -> Iterator[None]:
+        """Removes the work folder again if input turns out to be bad, unless it holds earlier work."""
         fresh = not self.work.exists()
         try:
-            with self._timed("load"):
-                source = self.open_model()
-                plan = make_plan(analyse(source.model), self.recipe.compress)
-                if self.recipe.block_recovery is not None:
-                    check_plan(plan)
-                texts = self._evaluation_texts(source)
-                tokens = self._calibration_tokens(source)
-                self._training_tokens = self._read_training_tokens(source)
+            yield
         except InputError:
             if fresh:
                 shutil.rmtree(self.work, ignore_errors=True)
             raise
-        return source, plan, tokens, texts
 
     def open_model(self) -> StreamedModel:
         location = self.location
@@ -302,7 +304,7 @@ class Pipeline:
                 )  # fmt: skip
         return speed
 
-    def _analyse(self, result: Path) -> list[Report]:
+    def _analyse(self, source: StreamedModel, result: Path) -> list[Report]:
         """Runs the analyses on the dense model; reports hold times, so that they are no part of the metrics."""
         from llmcompress.analyze import analyze_model
 
@@ -311,7 +313,7 @@ class Pipeline:
         with self._timed("analyse"):
             reports = [
                 analyze_model(
-                    self.recipe.model, chosen.name, chosen.options, chosen.dataset, samples=chosen.samples,
+                    str(source.location.folder), chosen.name, chosen.options, chosen.dataset, samples=chosen.samples,
                     length=chosen.length, sites=chosen.sites, seed=self.recipe.seed, device=self.recipe.device,
                     progress=self.progress,
                 )
@@ -329,6 +331,16 @@ class Pipeline:
         write_text(result / "recipe.yaml", header + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
         write_text(result / "README.md", self._card(metrics))
         write_text(result / METRICS, json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+
+    def _publish(self, result: Path, metrics: dict[str, Any]) -> None:
+        """Describes the result, puts it into its place unless it lies there already, and ends the run."""
+        with disk_errors(result):
+            self._describe(result, metrics)
+            if result != self.output:
+                sync_folder(result)
+                os.replace(result, self.output)
+                sync(self.output.parent)
+        self._remove_work()
 
     def _card(self, metrics: dict[str, Any]) -> str:
         return model_card(self.recipe, metrics)

@@ -148,14 +148,9 @@ def _calibrate(pipelines: list[Pipeline], progress: Progress) -> tuple[Path, Sha
     first = pipelines[0]
     place = str(first.output.parent / "calibration")
     own = Pipeline(first.recipe.model_copy(update={"output": place}), progress)
-    fresh = not own.work.exists()
-    source, plan, tokens, _ = own.prepare()
-    try:
+    with own.nothing_left_behind():
+        source, plan, tokens, _ = own.prepare()
         plans = [make_plan(plan.structure, pipeline.recipe.compress) for pipeline in pipelines]
-    except InputError:
-        if fresh:
-            shutil.rmtree(own.work, ignore_errors=True)
-        raise
     everything = Plan(plan.structure, [step for found in plans for step in found.steps])
     store = DiskStore(own.work / f"statistics-{digest(sorted(everything.needs))[:12]}")
     Engine(Runner(source, plan.structure), everything, tokens, store, own.settings(), progress).measure()

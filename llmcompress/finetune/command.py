@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +16,10 @@ from llmcompress.finetune.data import check_teacher, read_tokens, teacher_config
 from llmcompress.finetune.stage import is_main_process, leave_group, read_report, stored_dtype, train_checkpoint
 from llmcompress.models.files import file_digest
 from llmcompress.models.load import DTYPES, Location, fingerprint, load_model, load_tokenizer, locate, read_config
-from llmcompress.pipeline import Outcome, Pipeline, sync_folder, versions
+from llmcompress.pipeline import Outcome, Pipeline, versions
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Compress, Finetune, Recipe
-from llmcompress.workspace import digest, disk_errors, sync
+from llmcompress.workspace import digest
 
 if TYPE_CHECKING:
     from llmcompress_eval.perplexity import Windows
@@ -77,33 +75,22 @@ class FinetuneRun(Pipeline):
 
     def run_or_resume(self) -> Outcome | None:
         finished = self._finished()
-        if finished and finished["evaluation"] == self._evaluation_digest():
+        if finished and self._measured(finished):
             return Outcome(self.output, finished, {})
         if not finished:
             self._check_output()
-        fresh = not self.work.exists()
-        try:
+        with self.nothing_left_behind():
             with self._timed("load"):
                 tokens, texts = self._read()
             result = self.output
             if not finished:
                 with self._timed("fine-tune"):
                     result = self._train(tokens)
-        except InputError:
-            if fresh:
-                shutil.rmtree(self.work, ignore_errors=True)
-            raise
         if not is_main_process():
             return None
         metrics = finished or {"fingerprint": self.fingerprint, "finetune": read_report(self.work)}
         metrics |= {"evaluation": self._evaluation_digest(), "perplexity": self._measure(result, texts)}
-        with disk_errors(result):
-            self._describe(result, metrics)
-            if not finished:
-                sync_folder(result)
-                os.replace(result, self.output)
-                sync(self.output.parent)
-        self._remove_work()
+        self._publish(result, metrics)
         return Outcome(self.output, metrics, self.seconds)
 
     def _read(self) -> tuple[Tensor, dict[str, Windows]]:

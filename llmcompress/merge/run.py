@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from llmcompress.backends.merging.alignment import (
     mean,
 )  # fmt: skip
 from llmcompress.checkpoint.save import save_dense
-from llmcompress.errors import InputError
 from llmcompress.finetune.stage import stored_dtype
 from llmcompress.merge.align import Aligner
 from llmcompress.merge.measure import check_plot, distances, measure_barrier, perplexities, save_plot, singular_vectors
@@ -32,9 +30,9 @@ from llmcompress.merge.sources import Source, check_alike, check_function, check
 from llmcompress.models.load import DTYPES, Location, fingerprint, load_tokenizer, locate
 from llmcompress.models.structure import Structure, analyse
 from llmcompress.models.symmetry import Groups, find_groups
-from llmcompress.pipeline import Outcome, Pipeline, sync_folder, versions
+from llmcompress.pipeline import Outcome, Pipeline, versions
 from llmcompress.progress import Progress, Silent
-from llmcompress.workspace import DiskStore, digest, disk_errors, sync
+from llmcompress.workspace import DiskStore, digest, disk_errors
 
 
 def merge_models(
@@ -96,18 +94,12 @@ class MergeRun(Pipeline):
 
     def run(self) -> Outcome:
         finished = self._finished()
-        if finished and finished["evaluation"] == self._evaluation_digest():
+        if finished and self._measured(finished):
             return Outcome(self.output, finished, {})
         if not finished:
             self._check_output()
-        fresh = not self.work.exists()
-        try:
-            with self._timed("load"):
-                prepared = self._prepare()
-        except InputError:
-            if fresh:
-                shutil.rmtree(self.work, ignore_errors=True)
-            raise
+        with self.nothing_left_behind(), self._timed("load"):
+            prepared = self._prepare()
         with self._timed("match"):
             alignments = self._align(prepared)
         views = self._views(prepared, alignments)
@@ -121,13 +113,7 @@ class MergeRun(Pipeline):
                 save_dense(
                     result, prepared.sources[0], mean(views, self.section.shares()), dtype, self.recipe.max_shard_size
                 )
-        with disk_errors(result):
-            self._describe(result, metrics)
-            if not finished:
-                sync_folder(result)
-                os.replace(result, self.output)
-                sync(self.output.parent)
-        self._remove_work()
+        self._publish(result, metrics)
         return Outcome(self.output, metrics, self.seconds)
 
     def _prepare(self) -> _Prepared:

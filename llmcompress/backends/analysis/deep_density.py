@@ -25,7 +25,7 @@ log = logging.getLogger("llmcompress")
 
 START_LOG_SIGMA = -0.7
 LOG_VARIANCES = (-14.0, 6.0)  # of the encoder
-SCORED_AT_ONCE = 512  # rows times draws of noise
+SCORED_AT_ONCE = 32768  # rows times particles
 
 
 class DeepDensity(nn.Module):
@@ -101,7 +101,7 @@ class DeepDensity(nn.Module):
             raise InputError(f"particles must be at least 1; got {particles}")
         generator = torch.Generator(device=x.device).manual_seed(seed)
         found = []
-        for part in x.split(max(1, SCORED_AT_ONCE * 64 // particles)):
+        for part in x.split(max(1, SCORED_AT_ONCE // particles)):
             draws = torch.randn(particles, len(part), self.latent_dim, generator=generator, device=x.device)
             found.append(self(part, draws).logsumexp(0) - math.log(particles))
         return torch.cat(found)

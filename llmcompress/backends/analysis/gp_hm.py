@@ -16,7 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmcompress.backends.analysis.spectral_kernels import AxisKernel, axis_kernel, initial_params, spectral_kernel
+from llmcompress.backends.analysis.spectral_kernels import (
+    MIXTURES,
+    AxisKernel,
+    axis_kernel,
+    initial_params,
+    spectral_kernel,
+)
 from llmcompress.backends.checks import choose
 from llmcompress.errors import InputError, RunError
 
@@ -79,7 +85,7 @@ class GPHM:
         self.params = [initial_params(kind, n_components, max_frequency, start_log_a) for _ in axes]
         for number, axis in enumerate(self.axes):
             nyquist = (len(axis) - 1) / (2 * float(axis[-1] - axis[0]))
-            if kind in ("stm", "gm") and max_frequency > nyquist:
+            if kind in MIXTURES and max_frequency > nyquist:
                 log.warning("axis %d: max_frequency %.4g is above the grid's Nyquist frequency %.4g", number,
                             max_frequency, nyquist)  # fmt: skip
         self.shape = tuple(len(axis) for axis in self.axes)
@@ -136,7 +142,7 @@ class GPHM:
         return found
 
     def _trainable(self) -> list[Tensor]:
-        own = [p for params in self.params for name, p in params.items() if name != "mu" or self.kind in ("stm", "gm")]
+        own = [p for params in self.params for name, p in params.items() if name != "mu" or self.kind in MIXTURES]
         return [*own, self.log_tau, self.log_v]
 
     def _joint(self, problem: _Problem, steps: int, lr: float) -> FitLog:
@@ -223,7 +229,7 @@ class GPHM:
         return [axis_kernel(x, p, self.kind, self.jitter) for x, p in zip(self.axes, self.params, strict=True)]
 
     def _warn_of_edge(self) -> None:
-        for number, params in enumerate(self.params if self.kind in ("stm", "gm") else []):
+        for number, params in enumerate(self.params if self.kind in MIXTURES else []):
             heaviest = float(params["mu"][params["log_w"].argmax()].abs())
             if heaviest >= self.max_frequency:
                 log.warning("axis %d: the heaviest frequency %.4g is at max_frequency %.4g: raise it", number, heaviest,

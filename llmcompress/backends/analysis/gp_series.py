@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.backends.analysis.spectral_kernels import cholesky, initial_params, spectral_kernel
+from llmcompress.backends.analysis.spectral_kernels import MIXTURES, cholesky, initial_params, spectral_kernel
 from llmcompress.errors import InputError
 
 LR = 5e-2
@@ -62,7 +62,7 @@ def fit_series(
     targets = ((seen - mean) / deviation).repeat(s, 1)
     index = torch.arange(len(x), device=rows.device)
     lag = (index[mask][:, None] - index[mask]).abs()
-    trained = [p.requires_grad_() for name, p in params.items() if name != "mu" or kind in ("stm", "gm")]
+    trained = [p.requires_grad_() for name, p in params.items() if name != "mu" or kind in MIXTURES]
     optimizer = torch.optim.Adam(trained, lr=LR)
     for _ in range(steps):
         optimizer.zero_grad()

@@ -27,6 +27,7 @@ from llmcompress.backends.analysis.intrinsic_dimension import (
 from llmcompress.backends.ports import Subject
 from llmcompress.backends.report import Report
 from llmcompress.calibration.collect import capture_inputs
+from llmcompress.calibration.fisher import token_losses
 from llmcompress.errors import InputError
 from llmcompress.types import Site
 
@@ -164,9 +165,8 @@ def _run(model: PreTrainedModel, rows: Tensor, site: Site) -> tuple[Tensor, Tens
     losses = []
     with capture_inputs(model, [site], lambda _, x: inputs.append(x.float())):
         for part in rows.split(8):
-            logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
-            each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none")
-            losses.append(each.mean(1))
+            logits = model(input_ids=part, use_cache=False).logits
+            losses.append(token_losses(logits, part) / (part.shape[1] - 1))
     return torch.cat(inputs), torch.cat(losses)
 
 

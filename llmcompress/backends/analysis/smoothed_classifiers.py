@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from llmcompress.backends.analysis.smoothing_certificates import (
     check_alpha,
     check_sigma,
+    check_sigmas,
     clopper_pearson,
     dual_radius,
     smoothed_radius,
@@ -70,13 +73,21 @@ def fill_neighbours(x: Tensor, mask: Tensor) -> Tensor:
 # --- classifiers -----------------------------------------------------------------------------------------------------
 
 
-class _Smoothed:
+class _Smoothed(ABC):
     """Draws predictions under noise: what both kinds of classifier share."""
 
     def __init__(self, num_classes: int) -> None:
         if num_classes < 2:
             raise InputError(f"num_classes must be at least 2; got {num_classes}")
         self.num_classes = num_classes
+
+    @abstractmethod
+    def certify(self, x: Tensor) -> Certificate:
+        """The class of one input and the radius within which it holds."""
+
+    def predict(self, x: Tensor, **options: Any) -> int:
+        """The label of `certify` with these options."""
+        return self.certify(x, **options).label
 
     def _counts(
         self, f: Classifier, x: Tensor, sigma: float, n: int, batch_size: int, generator: torch.Generator
@@ -133,10 +144,6 @@ class SmoothedClassifier(_Smoothed):
         radius = float(smoothed_radius(p, self.sigma))
         return Certificate(label if radius > 0 else -1, radius, p, None, n, alpha)
 
-    def predict(self, x: Tensor, **options: object) -> int:
-        """The certificate's label."""
-        return self.certify(x, **options).label  # type: ignore[arg-type]
-
 
 class DualSmoothedClassifier(_Smoothed):
     """The class with the largest sum of probabilities in two halves (arXiv 2404.09586).
@@ -162,10 +169,7 @@ class DualSmoothedClassifier(_Smoothed):
         if bool(mask.all()) or not bool(mask.any()):
             raise InputError("the mask must give coordinates to both halves")
         self.mask, self.f = mask, (f_l, f_r)
-        self.sigma = (
-            check_sigma("sigma_l", sigma_l),
-            check_sigma("sigma_r", sigma_l if sigma_r is None else sigma_r),
-        )
+        self.sigma = check_sigmas(sigma_l, sigma_r)
 
     def half(self, x: Tensor, right: bool) -> Tensor:
         """What a half is given of x (..., *mask.shape): its coordinates (..., m); images with the others zero."""
@@ -204,7 +208,3 @@ class DualSmoothedClassifier(_Smoothed):
         p_l, p_r = (float(clopper_pearson(int(found[label]), n, alpha / 2)) for found in counts(n))
         radius = float(dual_radius(p_l, p_r, *self.sigma))
         return Certificate(label if radius > 0 else -1, radius, p_l, p_r, n, alpha)
-
-    def predict(self, x: Tensor, **options: object) -> int:
-        """The certificate's label."""
-        return self.certify(x, **options).label  # type: ignore[arg-type]

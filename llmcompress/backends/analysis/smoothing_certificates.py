@@ -23,6 +23,11 @@ def check_sigma(name: str, sigma: float) -> float:
     return float(sigma)
 
 
+def check_sigmas(sigma_l: float, sigma_r: float | None) -> tuple[float, float]:
+    """Those of both halves; the right one's is the left one's if absent."""
+    return check_sigma("sigma_l", sigma_l), check_sigma("sigma_r", sigma_l if sigma_r is None else sigma_r)
+
+
 def check_alpha(alpha: float) -> float:
     if not 0 < alpha < 1:
         raise InputError(f"alpha, the chance of a wrong certificate, must be in (0, 1); got {alpha}")
@@ -64,8 +69,7 @@ def dual_radius(p_l: ArrayLike, p_r: ArrayLike, sigma_l: float, sigma_r: float |
     moves the halves by s and t leaves cdf(a_l - s / sigma_l) + cdf(a_r - t / sigma_r), above 1 exactly while the
     arguments sum to more than 0. Holds for two parts only. InputError unless 0 <= p < 1 and the sigmas are positive.
     """
-    sigma_l = check_sigma("sigma_l", sigma_l)
-    sigma_r = sigma_l if sigma_r is None else check_sigma("sigma_r", sigma_r)
+    sigma_l, sigma_r = check_sigmas(sigma_l, sigma_r)
     quantiles = norm.ppf(_probabilities("p_l", p_l)) + norm.ppf(_probabilities("p_r", p_r))
     return np.maximum(sigma_l * sigma_r / np.hypot(sigma_l, sigma_r) * quantiles, 0.0)
 
@@ -96,8 +100,7 @@ def dual_radius_multiclass(
     safe perturbations holds the boxes that both span, so that the result is a bound and no interpolation.
     Cost O(K n_angle). InputError unless p in [0, 1), q in [0, 1], shapes alike, n_angle >= 3.
     """
-    sigma_l = check_sigma("sigma_l", sigma_l)
-    sigma_r = sigma_l if sigma_r is None else check_sigma("sigma_r", sigma_r)
+    sigma_l, sigma_r = check_sigmas(sigma_l, sigma_r)
     lower = [float(_probabilities(name, p)) for name, p in (("p_l", p_l), ("p_r", p_r))]
     upper = [np.atleast_1d(_probabilities(name, q, one=True)) for name, q in (("q_l", q_l), ("q_r", q_r))]
     if upper[0].ndim != 1 or upper[0].shape != upper[1].shape or not len(upper[0]) or n_angle < 3:

@@ -19,7 +19,8 @@ from llmcompress.errors import InputError, RunError
 
 log = logging.getLogger("llmcompress")
 
-KINDS = ("stm", "gm", "matern", "se")
+MIXTURES = ("stm", "gm")  # the kinds with frequencies
+KINDS = (*MIXTURES, "matern", "se")
 JITTER_RETRIES = 3
 
 Params = Mapping[str, Tensor]
@@ -33,7 +34,7 @@ def initial_params(kind: str, components: int, max_frequency: float, log_a: floa
     choose("kind", kind, KINDS)
     if components < 1 or not max_frequency > 0:
         raise InputError(f"needs a component at least and a positive frequency; got {components}, {max_frequency}")
-    q = components if kind in ("stm", "gm") else 1
+    q = components if kind in MIXTURES else 1
     mu = torch.linspace(0, max_frequency, q, dtype=torch.float64) if q > 1 else torch.zeros(1, dtype=torch.float64)
     full = torch.full((q,), 1.0, dtype=torch.float64)
     return {"log_w": -math.log(q) * full, "log_a": log_a * full, "mu": mu}
@@ -49,7 +50,7 @@ def spectral_kernel(tau: Tensor, params: Params, kind: str, order: int = 2) -> t
     choose("kind", kind, KINDS)
     r = tau[..., None]
     weight, a = (params[name].exp()[..., None, :] for name in ("log_w", "log_a"))
-    omega = 2 * math.pi * params["mu"][..., None, :] if kind in ("stm", "gm") else torch.zeros_like(a)
+    omega = 2 * math.pi * params["mu"][..., None, :] if kind in MIXTURES else torch.zeros_like(a)
     if kind in ("stm", "matern"):
         b = math.sqrt(5) * a
         s = b * r.abs()
