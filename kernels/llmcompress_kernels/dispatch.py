@@ -19,8 +19,8 @@ Path = Literal["kernel", "library"]
 CROSSOVER = {
     ("low_rank", "cpu"): 16,
     ("sparse_dictionary", "cpu"): 16,
-    ("low_rank", "cuda"): 16,
-    ("sparse_dictionary", "cuda"): 256,
+    ("low_rank", "cuda"): 1,
+    ("sparse_dictionary", "cuda"): 1,
     ("block", "cuda"): 16,
 }
 DTYPES = {

@@ -1,6 +1,6 @@
 """Triton kernels and their launchers. Imported on first use: only a GPU, or Triton's interpreter, needs them.
 
-Each accumulates in float32 with tl.dot over at least 16 rows, since what bounds few rows is the bytes of the weight.
+What bounds few rows is the bytes of the weight: each is read once, sums are float32.
 """
 
 from __future__ import annotations
@@ -14,18 +14,160 @@ from torch import Tensor
 
 #: Triton's interpreter runs kernels on CPU tensors, without tuning
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+COPIED = 256  # pivots that a program of `_one_row` copies
 
 
-def _tuned(configs: list[dict[str, int]], key: list[str]) -> Any:
-    """The fastest of the configurations by measurement, remembered on disk; the first one under the interpreter."""
+def _tuned(sizes: list[tuple[dict[str, int], int]], key: list[str]) -> Any:
+    """The fastest of the (sizes, warps) by measurement, remembered on disk; the first under the interpreter."""
     if INTERPRETED:
-        return triton.heuristics({name: _constant(value) for name, value in configs[0].items()})
-    choices = [triton.Config(config, num_warps=4) for config in configs]
-    return triton.autotune(choices, key=key, cache_results=True)
+        return triton.heuristics({name: _constant(value) for name, value in sizes[0][0].items()})
+    return triton.autotune([triton.Config(each, num_warps=warps) for each, warps in sizes], key=key, cache_results=True)
 
 
 def _constant(value: int) -> Any:
     return lambda _: value
+
+
+@_tuned(
+    [
+        ({"COLUMNS": c, "DEPTH": d}, w)
+        for c, d, w in ((8, 1024, 8), (4, 1024, 4), (4, 2048, 8), (16, 512, 8), (8, 512, 4), (2, 2048, 4))
+    ],
+    ["depth", "n"],
+)
+@triton.jit
+def _one_row(  # type: ignore[no-untyped-def]
+    x, weight, stride, places, out, depth, n, width, pivots, offset,
+    PLACED: tl.constexpr, COPIED: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    products = tl.cdiv(width, COLUMNS)
+    program = tl.program_id(0)
+    if program < products:
+        column = program * COLUMNS + tl.arange(0, COLUMNS)
+        total = tl.zeros((COLUMNS, DEPTH), tl.float32)
+        for start in range(0, depth, DEPTH):
+            i = start + tl.arange(0, DEPTH)
+            inside = (column[:, None] < n) & (i[None, :] < depth)
+            right = tl.load(weight + column[:, None].to(tl.int64) * stride + i[None, :], inside, 0.0)
+            left = tl.load(x + i, i < depth, 0.0)
+            total += left.to(tl.float32)[None, :] * right.to(tl.float32)
+        place = column
+        if PLACED:
+            place = tl.load(places + pivots + column, column < n, 0)
+        tl.store(out + place, tl.sum(total, 1).to(out.dtype.element_ty), column < width)
+    elif PLACED:
+        pivot = (program - products) * COPIED + tl.arange(0, COPIED)
+        own = tl.load(x + offset + pivot, pivot < pivots, 0.0)
+        target = tl.load(places + pivot, pivot < pivots, 0)
+        tl.store(out + target, own.to(out.dtype.element_ty), pivot < pivots)
+
+
+def one_row(x: Tensor, weight: Tensor, places: Tensor | None = None, offset: int = 0, width: int = 0) -> Tensor:
+    """x W for one row x (1, >= d) and weight (d, n) with a unit first stride: (1, max(n, width)), zeros after n.
+
+    With places (d_out,): out[:, places] = cat(x[:, offset : offset + d_out - n], x W), (1, d_out).
+    """
+    x, (depth, n) = x.contiguous(), weight.shape
+    pivots = 0 if places is None else len(places) - n
+    width = max(n, width) if places is None else n
+    out = x.new_empty(1, width + pivots)
+    if out.numel():
+        _one_row[lambda meta: (triton.cdiv(width, meta["COLUMNS"]) + triton.cdiv(pivots, COPIED),)](
+            x, weight, weight.stride(1), places, out, depth, n, width, pivots, offset, places is not None, COPIED
+        )
+    return out
+
+
+@triton.jit
+def _place(  # type: ignore[no-untyped-def]
+    z, z_stride, y, y_stride, places, out, d_out, pivots, offset, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    own = tl.load(z + row * z_stride + offset + column, column < pivots, 0.0)
+    product = tl.load(y + row * y_stride + column - pivots, (column >= pivots) & (column < d_out), 0.0)
+    place = tl.load(places + column, column < d_out, 0)
+    tl.store(out + row * d_out + place, tl.where(column < pivots, own, product), column < d_out)
+
+
+def place(z: Tensor, y: Tensor, places: Tensor, offset: int) -> Tensor:
+    """out[:, places] = cat(z[:, offset : offset + p], y) for z (rows, r), y (rows, d_out - p): (rows, d_out)."""
+    z, y = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (z, y))
+    (rows, n), d_out = y.shape, len(places)
+    out = y.new_empty(rows, d_out)
+    if out.numel():
+        _place[(rows, triton.cdiv(d_out, 1024))](
+            z, z.stride(0), y, y.stride(0), places, out, d_out, d_out - n, offset, BLOCK=1024
+        )
+    return out
+
+
+@triton.jit
+def _four_words(pack, position, total, z):  # type: ignore[no-untyped-def]
+    for i in tl.static_range(4):
+        word = (pack >> (16 * i)).to(tl.int32)
+        position += (word & 3) + 1
+        value = ((word & 0xFFFC) << 16).to(tl.float32, bitcast=True)
+        total += value * tl.load(z + position).to(tl.float32)
+    return position, total
+
+
+@triton.jit
+def _gap_expand(  # type: ignore[no-untyped-def]
+    z, width, words, starts, out, packs, d_out, PARTS: tl.constexpr, OUTPUTS: tl.constexpr
+):
+    row = tl.program_id(0)  # rows of one tile run together, so that the second finds the words in the cache
+    # one dimension, an element a thread: two would be laid out anew around every gather
+    thread = tl.arange(0, PARTS * OUTPUTS)
+    part = thread // OUTPUTS
+    output = tl.program_id(1) * OUTPUTS + thread % OUTPUTS
+    inside = output < d_out
+    position = tl.load(starts + part * d_out + output, inside, 0).to(tl.int32)
+    each = tl.cdiv(packs, PARTS)
+    limit = tl.where(inside, tl.minimum(each, packs - part * each), 0)
+    place = words + (part * each).to(tl.int64) * d_out + output
+    z += row * width
+    total = tl.zeros((PARTS * OUTPUTS,), tl.float32)
+    first = tl.load(place, limit > 0, 0)
+    second = tl.load(place + d_out, limit > 1, 0)
+    third = tl.load(place + 2 * d_out, limit > 2, 0)
+    fourth = tl.load(place + 3 * d_out, limit > 3, 0)
+    for step in range(4, each + 4, 4):
+        place += 4 * d_out
+        next_first = tl.load(place, step < limit, 0)
+        next_second = tl.load(place + d_out, step + 1 < limit, 0)
+        next_third = tl.load(place + 2 * d_out, step + 2 < limit, 0)
+        next_fourth = tl.load(place + 3 * d_out, step + 3 < limit, 0)
+        position, total = _four_words(first, position, total, z)
+        position, total = _four_words(second, position, total, z)
+        position, total = _four_words(third, position, total, z)
+        position, total = _four_words(fourth, position, total, z)
+        first, second, third, fourth = next_first, next_second, next_third, next_fourth
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    result = tl.sum(tl.reshape(total, (PARTS, OUTPUTS)), 0)
+    tl.store(out + row * d_out + output, result.to(out.dtype.element_ty), output < d_out)
+
+
+def gap_expand(z: Tensor, words: Tensor, starts: Tensor) -> Tensor:
+    """z S for z (rows, width), codes as `gap_codes.encode` makes them: (rows, d_out)."""
+    z = z.contiguous()
+    (packs, d_out), rows, parts = words.shape, len(z), len(starts)
+    out = z.new_empty(rows, d_out)
+    if out.numel():
+        outputs = 16 if parts >= 32 else 32
+        _gap_expand[(rows, triton.cdiv(d_out, outputs))](
+            z,
+            z.shape[1],
+            words,
+            starts,
+            out,
+            packs,
+            d_out,
+            PARTS=parts,
+            OUTPUTS=outputs,
+            num_warps=parts * outputs // 32,
+        )
+    return out
 
 
 @triton.jit
@@ -36,105 +178,7 @@ def _dot(left, right, total, WIDEN: tl.constexpr):  # type: ignore[no-untyped-de
     return tl.dot(left, right, total, input_precision="ieee")
 
 
-@_tuned([{"COLUMNS": c, "DEPTH": d} for c, d in ((32, 64), (16, 128), (32, 128), (64, 64), (64, 128))], ["rank", "n"])
-@triton.jit
-def _low_rank_expand(  # type: ignore[no-untyped-def]
-    z, z_stride, weight, places, out, rows, rank, n, pivots, offset,
-    WIDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    d_out = n + pivots
-    products = tl.cdiv(n, COLUMNS)
-    program = tl.program_id(0)
-    if program < products:
-        column = program * COLUMNS + tl.arange(0, COLUMNS)
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for start in range(0, rank, DEPTH):
-            i = start + tl.arange(0, DEPTH)
-            left = tl.load(z + row[:, None] * z_stride + i[None, :], (row[:, None] < rows) & (i[None, :] < rank), 0.0)
-            inside = (i[:, None] < rank) & (column[None, :] < n)
-            right = tl.load(weight + i[:, None] * n + column[None, :], inside, 0.0)
-            total = _dot(left, right, total, WIDEN)
-        place = tl.load(places + pivots + column, column < n, 0)
-        inside = (row[:, None] < rows) & (column[None, :] < n)
-        tl.store(out + row[:, None] * d_out + place[None, :], total.to(out.dtype.element_ty), inside)
-    else:
-        pivot = (program - products) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = (row[:, None] < rows) & (pivot[None, :] < pivots)
-        own = tl.load(z + row[:, None] * z_stride + offset + pivot[None, :], inside, 0.0)
-        place = tl.load(places + pivot, pivot < pivots, 0)
-        tl.store(out + row[:, None] * d_out + place[None, :], own, inside)
-
-
-def low_rank_expand(z: Tensor, B: Tensor, places: Tensor, offset: int) -> Tensor:
-    """out[:, places] = cat(z[:, offset : offset + p], z B) for z (rows, r) with a unit last stride: (rows, d_out)."""
-    z, B = (z if z.stride(-1) == 1 else z.contiguous()), B.contiguous()
-    (rank, n), d_out, rows = B.shape, len(places), len(z)
-    out = z.new_empty(rows, d_out)
-    if out.numel():
-        _low_rank_expand[
-            lambda meta: (
-                triton.cdiv(n, meta["COLUMNS"]) + triton.cdiv(d_out - n, meta["COLUMNS"]),
-                triton.cdiv(rows, meta["ROWS"]),
-            )
-        ](z, z.stride(0), B, places, out, rows, rank, n, d_out - n, offset, INTERPRETED, ROWS=16)
-    return out
-
-
-@_tuned(
-    [{"OUTPUTS": o, "ATOMS": a} for o, a in ((16, 128), (16, 64), (32, 64), (32, 128), (64, 64))], ["atoms", "d_out"]
-)
-@triton.jit
-def _sparse_expand(  # type: ignore[no-untyped-def]
-    z, z_stride, mask, mask_bytes, values, out, rows, atoms, nonzeros, d_out,
-    WIDEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, ATOMS: tl.constexpr,
-):  # fmt: skip
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, OUTPUTS), tl.float32)
-    count = tl.zeros((OUTPUTS,), tl.int32)  # values used so far by each output
-    first = output.to(tl.int64) * nonzeros
-    for start in range(0, atoms, ATOMS):
-        atom = start + tl.arange(0, ATOMS)
-        inside = (output[:, None] < d_out) & (atom[None, :] < atoms)
-        byte = tl.load(mask + output[:, None].to(tl.int64) * mask_bytes + atom[None, :] // 8, inside, 0)
-        bits = (byte.to(tl.int32) >> (atom[None, :] % 8)) & 1
-        rank = count[:, None] + tl.cumsum(bits, 1) - bits
-        codes = tl.load(values + first[:, None] + rank, bits != 0, 0.0)
-        left = tl.load(
-            z + row[:, None] * z_stride + atom[None, :], (row[:, None] < rows) & (atom[None, :] < atoms), 0.0
-        )
-        total = _dot(left, tl.trans(codes.to(left.dtype)), total, WIDEN)
-        count += tl.sum(bits, 1)
-    inside = (row[:, None] < rows) & (output[None, :] < d_out)
-    tl.store(out + row[:, None] * d_out + output[None, :], total.to(out.dtype.element_ty), inside)
-
-
-def sparse_expand(z: Tensor, mask: Tensor, values: Tensor) -> Tensor:
-    """z S for z (rows, k) with a unit last stride, codes as a mask and values (d_out, s): (rows, d_out)."""
-    z = z if z.stride(-1) == 1 else z.contiguous()
-    mask, values = mask.contiguous(), values.contiguous()
-    (rows, atoms), (d_out, nonzeros) = z.shape, values.shape
-    out = z.new_empty(rows, d_out)
-    if out.numel():
-        _sparse_expand[lambda meta: (triton.cdiv(d_out, meta["OUTPUTS"]), triton.cdiv(rows, meta["ROWS"]))](
-            z,
-            z.stride(0),
-            mask,
-            mask.shape[1],
-            values,
-            out,
-            rows,
-            atoms,
-            nonzeros,
-            d_out,
-            INTERPRETED,
-            ROWS=16 if rows <= 16 else 64,
-        )
-    return out
-
-
-@_tuned([{"COLUMNS": c, "DEPTH": d} for c, d in ((32, 64), (16, 128), (32, 128), (64, 64))], ["inner", "n"])
+@_tuned([({"COLUMNS": c, "DEPTH": d}, 4) for c, d in ((32, 64), (16, 128), (32, 128), (64, 64))], ["inner", "n"])
 @triton.jit
 def _block_product(  # type: ignore[no-untyped-def]
     x, x_stride, weight, out, rows, blocks, inner, n, x_block, x_step, out_block, out_step,

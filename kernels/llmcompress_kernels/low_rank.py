@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import cpu, dispatch
+from llmcompress_kernels import cpu, dispatch, layout
 from llmcompress_kernels.checks import check_input, check_matrix, check_shape
 from llmcompress_kernels.shared import cast, product, shared_product, traced_product
 
@@ -47,12 +47,15 @@ def _expand_cpu(z: Tensor, B: Tensor, places: Tensor, offset: int, path: dispatc
 
 @low_rank_expand.register_kernel("cuda")
 def _(z: Tensor, B: Tensor, places: Tensor, offset: int) -> Tensor:
+    return _expand_cuda(z, B, places, offset, dispatch.plan("low_rank", len(z), "cuda", z.dtype))
+
+
+def _expand_cuda(z: Tensor, B: Tensor, places: Tensor, offset: int, path: dispatch.Path) -> Tensor:
     from llmcompress_kernels import gpu
 
-    if dispatch.plan("low_rank", len(z), "cuda", z.dtype) == "kernel":
-        return gpu.low_rank_expand(z, B, places, offset)
-    columns = torch.cat((z[:, offset : offset + len(places) - B.shape[1]], z @ B), -1)
-    return torch.empty_like(columns).index_copy_(1, places, columns)
+    if path == "kernel" and len(z) == 1 and B.stride(0) == 1:
+        return gpu.one_row(z, B, places, offset)
+    return gpu.place(z, layout.product(z, B)[:, : B.shape[1]], places, offset)
 
 
 @low_rank_expand.register_fake
@@ -101,8 +104,8 @@ def low_rank_forward(
         z = shared_product(x, A, path)
         if places is None:
             y = product(z, B, path)[:, : B.shape[1]]
-        elif x.device.type == "cpu":
-            y = _expand_cpu(z, B, places, offset, path)
+        elif x.device.type in ("cpu", "cuda"):
+            y = (_expand_cuda if x.is_cuda else _expand_cpu)(z, B, places, offset, path)
         else:
             y = low_rank_expand(z, B, places, offset)
         y = y if y.dtype is x.dtype else y.to(x.dtype)

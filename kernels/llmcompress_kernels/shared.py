@@ -5,6 +5,8 @@ Bytes read: those of W, which may be bfloat16 under a float32 x.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import threading
 import weakref
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress_kernels import cpu, dispatch
+from llmcompress_kernels import cpu, dispatch, layout
 
 
 def reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -31,6 +33,11 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     if not cpu.supports(x, weight):
         return reference(x, weight)
     return cpu.product(x, weight)[:, : weight.shape[1]].to(x.dtype).contiguous()
+
+
+@_product.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return product(x, weight, dispatch.plan("low_rank", len(x), "cuda", x.dtype))[:, : weight.shape[1]].contiguous()
 
 
 @_product.register_fake
@@ -53,38 +60,67 @@ _product.register_autograd(_backward, setup_context=_setup)
 class _Last(threading.local):
     """The last product of this thread: what it was made of (weakly held) and what came out."""
 
-    entry: tuple[Any, int, Any, int, dispatch.Path, Tensor] | None = None
+    entry: tuple[Any, int, Any, int, dispatch.Path, int, Tensor] | None = None
 
 
 _last = _Last()
 
 
-def shared_product(x: Tensor, weight: Tensor, path: dispatch.Path) -> Tensor:
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _recording(x: Tensor) -> int:
+    """The number of the CUDA graph that is being recorded on x's device, 0 outside of one.
+
+    A graph must hold its own work: what was computed outside of it, or for another one, is stale when it is replayed.
+    """
+    if not x.is_cuda or not torch.cuda.is_current_stream_capturing():
+        return 0
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
+    if _driver().cuStreamGetCaptureInfo(stream, ctypes.byref(status), ctypes.byref(number)):
+        raise RuntimeError("the driver does not say which CUDA graph is being recorded")
+    return number.value
+
+
+def shared_product(x: Tensor, weight: Tensor, path: dispatch.Path, width: int = 0) -> Tensor:
     """`product` outside of tracing and differentiation; the last result is given again for the same x and weight.
 
     So siblings (q, k, v; gate, up) pay once. A compiler finds their common product itself.
     """
-    if x.is_inference() or weight.is_inference() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return product(x, weight, path)  # changes are not counted, or what is recorded must hold its own work
-    entry = _last.entry
+    if x.is_inference() or weight.is_inference():
+        return product(x, weight, path, width)  # changes are not counted
+    entry, recording = _last.entry, _recording(x)
     if (
         entry is None or entry[0]() is not x or entry[2]() is not weight
-        or entry[1] != x._version or entry[3] != weight._version or entry[4] != path
+        or entry[1] != x._version or entry[3] != weight._version or entry[4:6] != (path, recording)
     ):  # fmt: skip
-        result = product(x, weight, path)
-        _last.entry = (weakref.ref(x), x._version, weakref.ref(weight), weight._version, path, result)
+        result = product(x, weight, path, width)
+        _last.entry = (weakref.ref(x), x._version, weakref.ref(weight), weight._version, path, recording, result)
         return result
-    return entry[5]
+    return entry[6]
 
 
-def product(x: Tensor, weight: Tensor, path: dispatch.Path) -> Tensor:
-    """x (..., d_in) @ weight (d_in, n): (rows, >= n), with zeros after n; float32 where the CPU kernel made it."""
+def product(x: Tensor, weight: Tensor, path: dispatch.Path, width: int = 0) -> Tensor:
+    """x (..., d_in) @ weight (d_in, n): (rows, >= n), with zeros after n; float32 where the CPU kernel made it.
+
+    width: how wide a GPU's kernel for one row makes it.
+    """
     if path == "kernel" and x.device.type == "cpu" and cpu.supports(x, weight):
         return cpu.product(x, weight)
-    return reference(x.reshape(-1, x.shape[-1]), weight)
+    rows = x.reshape(-1, x.shape[-1])
+    if not x.is_cuda:
+        return reference(rows, weight)
+    if path == "kernel" and len(rows) == 1 and weight.stride(0) == 1:
+        from llmcompress_kernels import gpu
+
+        return gpu.one_row(rows, weight, width=max(width, weight.shape[1] + -weight.shape[1] % layout.ALIGNED))
+    return layout.product(rows, weight.to(x.dtype))
 
 
 def traced_product(x: Tensor, weight: Tensor, path: dispatch.Path) -> Tensor:
     """The same for tracers and autograd: (rows, n) in x's dtype."""
     rows = x.reshape(-1, x.shape[-1])
-    return _product(rows, weight) if path == "kernel" and x.device.type == "cpu" else reference(rows, weight)
+    return _product(rows, weight) if path == "kernel" or x.is_cuda else reference(rows, weight)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmcompress_kernels import cpu, dispatch
+from llmcompress_kernels import cpu, dispatch, gap_codes
 from llmcompress_kernels.checks import check_input, check_matrix, check_shape
 from llmcompress_kernels.shared import shared_product, traced_product
 
@@ -44,9 +44,7 @@ def sparse_expand(z: Tensor, mask: Tensor, values: Tensor) -> Tensor:
 
 @sparse_expand.register_kernel("cuda")
 def _(z: Tensor, mask: Tensor, values: Tensor) -> Tensor:
-    from llmcompress_kernels import gpu
-
-    return gpu.sparse_expand(z, mask, values)
+    return F.linear(z, dense_codes(mask, values.to(z.dtype), z.shape[1]))
 
 
 @sparse_expand.register_fake
@@ -74,33 +72,57 @@ def sparse_dictionary_linear(
     values: Tensor,
     bias: Tensor | None = None,
     dense: Tensor | None = None,
+    gaps: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """x D S + bias.
 
     x (..., d_in), any strides; dictionary (d_in, k) of x's dtype or bfloat16; mask (d_out, ceil(k / 8)) uint8, one bit
     an atom, lowest bit first, exactly s of them set in each row; values (d_out, s) of a floating dtype, by ascending
     atom; bias (d_out,). dense (d_out, d_in): the product as a weight, which takes over for many rows; without it the
-    codes are made dense at each call. Accumulates in float32. Differentiable in x, dictionary, values and bias.
+    codes are made dense at each call. gaps: the same codes as `gap_codes.encode` makes them, which a GPU reads for one
+    row without gradients. Accumulates in float32. Differentiable in x, dictionary, values and bias.
     ValueError naming the argument if shapes, dtypes or devices do not fit.
     """
     _check(x, dictionary, mask, values, bias, dense)
-    return sparse_dictionary_forward(x, dictionary, mask, values, bias, dense)
+    if gaps is not None and (gaps[0].dtype, gaps[1].dtype) != (torch.int64, torch.int16):
+        raise ValueError(f"gaps: must be int64 words and int16 starts; got {gaps[0].dtype} and {gaps[1].dtype}")
+    return sparse_dictionary_forward(x, dictionary, mask, values, bias, dense, gaps)
 
 
 def sparse_dictionary_forward(
-    x: Tensor, dictionary: Tensor, mask: Tensor, values: Tensor, bias: Tensor | None, dense: Tensor | None
+    x: Tensor,
+    dictionary: Tensor,
+    mask: Tensor,
+    values: Tensor | None,
+    bias: Tensor | None,
+    dense: Tensor | None,
+    gaps: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """`sparse_dictionary_linear` for a caller whose tensors are known to fit, mask and values contiguous."""
+    """`sparse_dictionary_linear` for a caller whose tensors are known to fit, mask and values contiguous.
+
+    values: None where a GPU has `dense` and `gaps`.
+    """
     path = dispatch.plan("sparse_dictionary", x.numel() // x.shape[-1], x.device.type, x.dtype)
     eager = dispatch.eager(x)
+    if x.is_cuda and (gaps is None or (torch.is_grad_enabled() and x.requires_grad)):
+        path = "library"
     if path == "library" or (eager and x.device.type == "cpu" and not cpu.supports(x, dictionary)):
-        return reference(x, dictionary, mask, values, bias) if dense is None else F.linear(x, dense, bias)
-    if not eager:
+        if dense is not None:
+            return F.linear(x, dense, bias)
+        assert values is not None
+        return reference(x, dictionary, mask, values, bias)
+    if gaps is not None and x.is_cuda:
+        width = gap_codes.width(dictionary.shape[1])
+        z = shared_product(x, dictionary, path, width) if eager else traced_product(x, dictionary, path)
+        y = gap_codes.gap_expand(F.pad(z, (0, width - z.shape[1])), *gaps)
+    elif not eager:
+        assert values is not None
         y = sparse_expand(traced_product(x, dictionary, path), mask, values)
-    elif x.device.type == "cpu" and values.dtype is torch.bfloat16:
+    elif x.device.type == "cpu" and values is not None and values.dtype is torch.bfloat16:
         y = cpu.expand(shared_product(x, dictionary, path), mask, values)
         y = y if y.dtype is x.dtype else y.to(x.dtype)
     else:
+        assert values is not None
         z = shared_product(x, dictionary, path)[:, : dictionary.shape[1]]
         y = sparse_expand(z.to(x.dtype), mask, values)
     if x.ndim != 2:

@@ -2,11 +2,13 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from llmcompress_kernels import block, gpu
+from llmcompress_kernels import block, gap_codes, gpu, low_rank
+from llmcompress_kernels.layout import columns_in_pieces
 
-from kernels.tests.shapes import LAYOUTS, SETTINGS, assert_close, codes, pivoted, random, strided
+from kernels.tests.shapes import LAYOUTS, SETTINGS, assert_close, gap_problem, pivoted, random, strided
 
 ROWS, SIZES = st.sampled_from([0, 1, 3, 17]), st.sampled_from([1, 5, 33, 70, 130])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -14,25 +16,41 @@ FEW = type(SETTINGS)(SETTINGS, max_examples=15)
 
 
 @FEW
-@given(ROWS, SIZES, SIZES, st.integers(0, 200), LAYOUTS, DTYPES)
-def test_low_rank_expand(rows, rank, rest, pivots, layout, dtype):
+@given(ROWS, SIZES, SIZES, st.integers(0, 200), LAYOUTS, DTYPES, st.sampled_from(["kernel", "library"]), st.booleans())
+def test_low_rank_expand(rows, rank, rest, pivots, layout, dtype, path, arranged):
     pivots = pivots % (rank + 1)
     offset = (rank - pivots) // 2
     z, B = strided(rows, rank, 0, dtype, layout), random(rank, rest, seed=1, dtype=dtype)
     places = torch.from_numpy(np.random.default_rng(0).permutation(pivots + rest))
-    found = gpu.low_rank_expand(z, B, places, offset)
-    size = np.abs(z.double().numpy()) @ np.abs(B.double().numpy())
-    assert_close(found, pivoted(z, torch.eye(rank), B, places, offset), size)
+    expected, size = (
+        pivoted(z, torch.eye(rank), B, places, offset),
+        np.abs(z.double().numpy()) @ np.abs(B.double().numpy()),
+    )
+    if arranged:
+        z, B = F.pad(z, (0, -rank % 8)), columns_in_pieces(B)
+    assert_close(low_rank._expand_cuda(z, B, places, offset, path), expected, size)
 
 
 @FEW
-@given(ROWS, SIZES, SIZES, st.sampled_from(["one", "half", "all"]), LAYOUTS, DTYPES)
-def test_sparse_expand(rows, atoms, d_out, share, layout, dtype):
-    nonzeros = {"one": 1, "half": max(1, atoms // 2), "all": atoms}[share]
-    z = strided(rows, atoms, 0, dtype, layout)
-    mask, values, S = codes(d_out, atoms, nonzeros, dtype=torch.bfloat16)
-    size = np.abs(z.double().numpy()) @ np.abs(S.T)
-    assert_close(gpu.sparse_expand(z, mask, values), z.double().numpy() @ S.T, size)
+@given(SIZES, SIZES, st.integers(0, 40), LAYOUTS, DTYPES, st.sampled_from([torch.float32, torch.bfloat16]))
+def test_one_row(d, n, more, layout, dtype, stored):
+    x, weight = strided(1, d, 0, dtype, layout), columns_in_pieces(random(d, n, seed=1, dtype=stored))
+    found = gpu.one_row(x, weight, width=n + more)
+    size = np.abs(x.double().numpy()) @ np.abs(weight.double().numpy())
+    assert_close(found[:, :n], x.double().numpy() @ weight.double().numpy(), size)
+    assert found.shape == (1, n + more)
+    assert not found[:, n:].any()
+
+
+@FEW
+@given(ROWS, st.sampled_from([1, 5, 33, 130, 300]), SIZES, st.sampled_from(["most", "half", "all"]), DTYPES)
+def test_gap_expand(rows, atoms, d_out, share, dtype):
+    nonzeros = {"most": -(-3 * atoms // 4), "half": -(-atoms // 2), "all": atoms}[share]
+    z = F.pad(random(rows, atoms, dtype=dtype), (0, gap_codes.width(atoms) - atoms))
+    index, values, S = gap_problem(d_out, atoms, nonzeros)
+    words, starts = gap_codes.encode(index, values, atoms)
+    size = np.abs(z[:, :atoms].double().numpy()) @ np.abs(S.T)
+    assert_close(gpu.gap_expand(z, words, starts), z[:, :atoms].double().numpy() @ S.T, size)
 
 
 @FEW

@@ -51,6 +51,16 @@ def codes(d_out, atoms, nonzeros, seed=0, dtype=torch.bfloat16):
     return torch.from_numpy(np.packbits(marks, axis=1, bitorder="little")), values, dense
 
 
+def gap_problem(d_out, atoms, nonzeros, seed=0):
+    """Ascending indices, values of 14 bits in bfloat16, and the dense codes (d_out, atoms) that they stand for."""
+    generator = np.random.default_rng(seed)
+    index = np.stack([np.sort(generator.choice(atoms, nonzeros, replace=False)) for _ in range(d_out)])
+    values = (random(d_out, nonzeros, seed=seed).bfloat16().view(torch.int16) & ~3).view(torch.bfloat16)
+    dense = np.zeros((d_out, atoms))
+    np.put_along_axis(dense, index, values.double().numpy(), 1)
+    return torch.from_numpy(index), values, dense
+
+
 def pivoted(x, A, B, places, offset):
     """The pivot form in float64 numpy, one output at a time."""
     x, A, B = (tensor.detach().double().numpy() for tensor in (x, A, B))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import torch
+from llmcompress_kernels import layout
 from torch import Tensor, nn
 
 
@@ -24,6 +26,9 @@ class StructuredLinear(nn.Module, ABC):
     d_out: int
     bias: nn.Parameter | None
     shared: dict[str, str]
+
+    #: Parameters (d, n) that are multiplied with from the right, x W: their order in memory follows the device
+    factors: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def spec(self) -> dict[str, Any]:
@@ -61,6 +66,18 @@ class StructuredLinear(nn.Module, ABC):
 
     def after_load(self) -> None:
         """Called when all tensors are in place: builds what is derived from them (indices, running counts)."""
+        self._arrange()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._arrange()
+        return self
+
+    def _arrange(self) -> None:
+        for name in self.factors:
+            parameter = getattr(self, name)
+            if not parameter.is_meta:
+                parameter.data = layout.arranged(parameter.data)
 
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, d_out={self.d_out}, bias={self.bias is not None}"

@@ -24,6 +24,7 @@ class LowRankLinear(PremergedLinear):
     """
 
     kind = "low_rank"
+    factors = ("A", "B")
     pivots: Tensor
     index: Tensor
 
@@ -93,7 +94,7 @@ class LowRankLinear(PremergedLinear):
             layer.bias = nn.Parameter(bias.detach().clone().to(B.dtype))
         if pivots is not None and count:
             layer.pivots = pack_mask(pivots).to(B.device)
-            layer.after_load()
+        layer.after_load()
         return layer
 
     def spec(self) -> dict[str, Any]:
@@ -122,6 +123,7 @@ class LowRankLinear(PremergedLinear):
 
     def after_load(self) -> None:
         """Builds `index` from the mask. InputError if the mask does not mark as many pivots as the layer has."""
+        super().after_load()
         if not self.pivot_count or self.pivots.is_meta:
             return
         mask = unpack_mask(self.pivots, self.d_out)

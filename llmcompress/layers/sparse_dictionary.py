@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from llmcompress_kernels import gap_codes
 from llmcompress_kernels.sparse_dictionary import sparse_dictionary_forward
 from torch import Tensor, nn
 
@@ -25,18 +26,21 @@ class SparseDictionaryLinear(StructuredLinear):
     one bit an atom, lowest bit first; `values` (d_out, ceil(s * value_bits / 8)) uint8, a bit stream for each output,
     lowest bit first, of its non-zeros by ascending atom, each the leading `value_bits` bits of a float32. These bytes
     are what a checkpoint holds, and conversions such as `half()` leave them alone. What multiplies is derived from them
-    by `after_load` and not saved: for few rows the values in 16 bits, `codes` (d_out, s) bfloat16; for many the weight
-    `dense` (d_out, d_in) in the model's dtype.
+    by `after_load` and not saved: for many rows the weight `dense` (d_out, d_in) in the model's dtype; for few rows the
+    values in 16 bits, `codes` (d_out, s) bfloat16, or on a GPU, for one row, `words` and `starts` of gap_codes.py.
 
     Trainable form, made by `unpack` and ended by `pack`: `dictionary` and `values` (d_out, s) are Parameters of full
     width, the mask is fixed, and a checkpoint holds them as they are. Layers that share a dictionary change together.
     """
 
     kind = "sparse_dictionary"
+    factors = ("dictionary",)
     mask: Tensor
     values: Tensor
     dense: Tensor
-    codes: Tensor
+    codes: Tensor | None
+    words: Tensor | None
+    starts: Tensor | None
     index: Tensor
 
     def __init__(
@@ -141,12 +145,14 @@ class SparseDictionaryLinear(StructuredLinear):
     # --- what is derived from the stored tensors ---------------------------------------------------------------------
 
     def _register_derived(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
-        for name, columns, width in (("dense", self.d_in, dtype), ("codes", self.nonzeros, torch.bfloat16)):
-            empty = torch.zeros(self.d_out, columns, dtype=width, device=device)
-            self.register_buffer(name, empty, persistent=False)
+        empty = torch.zeros(self.d_out, self.d_in, dtype=dtype, device=device)
+        self.register_buffer("dense", empty, persistent=False)
+        for name in ("codes", "words", "starts"):
+            self.register_buffer(name, None, persistent=False)
 
     def after_load(self) -> None:
         """Builds what multiplies, or in the trainable form `index`. InputError if an output has not s atoms marked."""
+        super().after_load()
         if self.mask.is_meta or self.dictionary.is_meta:
             return
         index = self._indices()
@@ -158,7 +164,11 @@ class SparseDictionaryLinear(StructuredLinear):
             values = widen(unpack_codes(self.values, self.value_bits, self.nonzeros), self.value_bits).to(exact)
             codes = values.new_zeros(self.d_out, self.atoms).scatter_(1, index, values)
             self.dense = (codes @ self.dictionary.to(exact).T).to(self.dense.dtype)
-            self.codes = values.bfloat16()  # exact: a value has at most 16 bits
+            rounded = values.bfloat16()  # exact: a value has at most 16 bits
+            free = self.dictionary.is_cuda and self.value_bits <= gap_codes.VALUE_BITS
+            gaps = gap_codes.encode(index, rounded, self.atoms) if free else None
+            self.words, self.starts = gaps or (None, None)
+            self.codes = None if self.dictionary.is_cuda else rounded
 
     def _indices(self) -> Tensor:
         """(d_out, s) int64, ascending: the atoms that the mask marks."""
@@ -167,18 +177,18 @@ class SparseDictionaryLinear(StructuredLinear):
             raise InputError(f"corrupt mask: an output does not have {self.nonzeros} of {self.atoms} atoms marked")
         return marked.nonzero()[:, 1].view(self.d_out, self.nonzeros)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseDictionaryLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves the stored bytes without changing their width, and derives `dense` afresh in a new dtype."""
         if not self.packed:
             return super()._apply(fn, recurse)
-        dtype, dictionary, codes = self.dense.dtype, self.dictionary, self.codes
+        dictionary, codes, before = self.dictionary, self.codes, (self.dense.dtype, self.dense.device.type)
 
         def keep_width(tensor: Tensor) -> Tensor:
             stored = tensor is dictionary or tensor is codes
             return fn(tensor.view(torch.int16)).view(torch.bfloat16) if stored else fn(tensor)
 
         super()._apply(keep_width, recurse)
-        if self.dense.dtype != dtype:
+        if before[1] != "meta" and before != (self.dense.dtype, self.dense.device.type):
             self.after_load()
         return self
 
@@ -189,7 +199,8 @@ class SparseDictionaryLinear(StructuredLinear):
             return F.linear(x @ self.dictionary, self._codes(), self.bias)
         if x.shape[-1] != self.d_in:
             raise InputError(f"the last dimension of x must be d_in = {self.d_in}; got shape {tuple(x.shape)}")
-        return sparse_dictionary_forward(x, self.dictionary, self.mask, self.codes, self.bias, self.dense)
+        gaps = None if self.words is None or self.starts is None else (self.words, self.starts)
+        return sparse_dictionary_forward(x, self.dictionary, self.mask, self.codes, self.bias, self.dense, gaps)
 
     def _codes(self) -> Tensor:
         """(d_out, k), differentiable in the values."""
@@ -207,7 +218,7 @@ class SparseDictionaryLinear(StructuredLinear):
         dtype = dtype or self.dense.dtype
         values = widen(unpack_codes(self.values, self.value_bits, self.nonzeros), self.value_bits).to(dtype)
         index = self._indices()
-        del self.values, self.dense, self.codes
+        del self.values, self.dense, self.codes, self.words, self.starts
         self.packed = False
         self.values = nn.Parameter(values)
         self.register_buffer("index", index, persistent=False)

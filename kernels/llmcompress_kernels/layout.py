@@ -1,0 +1,49 @@
+"""The order in memory in which a device reads a weight (d, n) fastest. Shape and values stay what they are."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+ALIGNED = 8  # values: what a GPU's libraries ask of both sides of a matrix; others run at a quarter of the speed
+
+
+def arranged(weight: Tensor) -> Tensor:
+    """weight (d, n) in its device's order: row-major on a CPU; on a GPU each column in a piece, padded with zeros.
+
+    There it is a view of a larger matrix, both sides multiples of 8: `whole` gives that one back.
+    """
+    if not weight.is_cuda:
+        return weight.contiguous()
+    return weight if _is_arranged(weight) else columns_in_pieces(weight)
+
+
+def columns_in_pieces(weight: Tensor) -> Tensor:
+    """weight (d, n) with strides (1, d rounded up to a multiple of 8), over zeros."""
+    d, n = weight.shape
+    padded = weight.new_zeros(n + -n % ALIGNED, d + -d % ALIGNED)
+    padded[:n, :d] = weight.T
+    return padded[:n, :d].T
+
+
+def whole(weight: Tensor) -> Tensor:
+    """The padded matrix behind a weight that `columns_in_pieces` made; any other as it is."""
+    if not _is_arranged(weight):
+        return weight
+    d, n = weight.shape
+    return weight.as_strided((d + -d % ALIGNED, n + -n % ALIGNED), weight.stride())
+
+
+def _is_arranged(weight: Tensor) -> bool:
+    d, n = weight.shape
+    rows, columns = d + -d % ALIGNED, n + -n % ALIGNED
+    return (
+        weight.stride() == (1, rows)
+        and weight.storage_offset() == 0
+        and weight.untyped_storage().nbytes() >= rows * columns * weight.element_size()
+    )
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (rows, d) @ weight (d, n): (rows, n). Either side may be rounded up to a multiple of 8, x with zeros."""
+    full = whole(weight)
+    return x[:, : len(full)] @ full[: x.shape[1]]
