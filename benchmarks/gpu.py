@@ -4,8 +4,8 @@
 
 The layers are those that `compress` makes, siblings (q, k, v; gate, up) with one basis or dictionary, over random
 values. Each call is timed in a CUDA graph of several copies, so that weights come from memory and the host does not
-count; 512 rows and more by events around single calls. The byte limit is the layer's stored bytes over the bandwidth of
-a copy measured in the same run; "a block" adds up the four groups. Every result is compared with float64 first.
+count. The byte limit, for fewer than 512 rows, is the layer's stored bytes over the bandwidth of a copy measured in the
+same run; "a block" adds up the four groups. Every result is compared with float64 first.
 --fit: seconds of learning dictionaries on the GPU. --generate: tokens a second of a random Llama-3.2-1B, one sequence,
 each step a CUDA graph over a static cache; and a small model compressed, saved and loaded on the GPU.
 """
@@ -160,8 +160,6 @@ def recorded(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 
 def time_group(copies: Sequence[Sequence[nn.Module]], x: Tensor) -> float:
-    if len(x) >= MANY_ROWS:
-        return seconds(lambda: [layer(x) for layer in copies[0]], 10)
     return seconds(recorded(lambda: [layer(x) for group in copies for layer in group]).replay) / len(copies)
 
 

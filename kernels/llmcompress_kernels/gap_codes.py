@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: threads that keep a large GPU busy; an output is divided among as many parts as this allows
-THREADS = 1 << 18
 VALUE_BITS = 14
 
 
@@ -25,7 +23,7 @@ def encode(indices: Tensor, values: Tensor, atoms: int) -> tuple[Tensor, Tensor]
     None where the codes are too sparse for this form: more than one word in three would be a filler.
     """
     d_out, s = values.shape
-    parts = min(64, max(4, 1 << max(0, (THREADS // d_out).bit_length() - 1)))
+    parts = 16 if d_out >= 8192 else 32  # threads an output: enough to keep a large GPU busy
     steps = indices.diff(dim=1, prepend=indices.new_full((d_out, 1), -1))
     fillers = (steps - 1) // 4
     ends = (fillers + 1).cumsum(1)

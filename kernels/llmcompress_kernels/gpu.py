@@ -8,13 +8,18 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 #: Triton's interpreter runs kernels on CPU tensors, without tuning
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COPIED = 256  # pivots that a program of `_one_row` copies
+MAX_THREADS = 1024  # of a program
+EARLY_VALUES = 1 << 24  # weights up to which a launch ahead of its input pays: larger ones are slower for it
 
 
 def _tuned(sizes: list[tuple[dict[str, int], int]], key: list[str]) -> Any:
@@ -29,33 +34,44 @@ def _constant(value: int) -> Any:
 
 
 @_tuned(
-    [
-        ({"COLUMNS": c, "DEPTH": d}, w)
-        for c, d, w in ((8, 1024, 8), (4, 1024, 4), (4, 2048, 8), (16, 512, 8), (8, 512, 4), (2, 2048, 4))
-    ],
+    [({"COLUMNS": c, "DEPTH": d}, w) for c, d, w in ((8, 1024, 8), (4, 1024, 4), (4, 2048, 8), (8, 512, 4))],
     ["depth", "n"],
 )
 @triton.jit
 def _one_row(  # type: ignore[no-untyped-def]
     x, weight, stride, places, out, depth, n, width, pivots, offset,
-    PLACED: tl.constexpr, COPIED: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    EARLY: tl.constexpr, PLACED: tl.constexpr, COPIED: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     products = tl.cdiv(width, COLUMNS)
     program = tl.program_id(0)
     if program < products:
         column = program * COLUMNS + tl.arange(0, COLUMNS)
+        i = tl.arange(0, DEPTH)
+        tile = weight + column[:, None].to(tl.int64) * stride + i[None, :]
         total = tl.zeros((COLUMNS, DEPTH), tl.float32)
-        for start in range(0, depth, DEPTH):
-            i = start + tl.arange(0, DEPTH)
-            inside = (column[:, None] < n) & (i[None, :] < depth)
-            right = tl.load(weight + column[:, None].to(tl.int64) * stride + i[None, :], inside, 0.0)
-            left = tl.load(x + i, i < depth, 0.0)
-            total += left.to(tl.float32)[None, :] * right.to(tl.float32)
+        if EARLY:  # weights are read while the kernel before, which makes x, still runs
+            right = tl.load(tile, (column[:, None] < n) & (i[None, :] < depth), 0.0)
+            gdc_wait()
+            gdc_launch_dependents()
+            for start in range(0, depth, DEPTH):
+                left = tl.load(x + start + i, start + i < depth, 0.0)
+                after = start + DEPTH + i[None, :]
+                following = tl.load(tile + start + DEPTH, (column[:, None] < n) & (after < depth), 0.0)
+                total += left.to(tl.float32)[None, :] * right.to(tl.float32)
+                right = following
+        else:
+            for start in range(0, depth, DEPTH):
+                weights = tl.load(tile + start, (column[:, None] < n) & (start + i[None, :] < depth), 0.0)
+                left = tl.load(x + start + i, start + i < depth, 0.0)
+                total += left.to(tl.float32)[None, :] * weights.to(tl.float32)
         place = column
         if PLACED:
             place = tl.load(places + pivots + column, column < n, 0)
         tl.store(out + place, tl.sum(total, 1).to(out.dtype.element_ty), column < width)
     elif PLACED:
+        if EARLY:
+            gdc_wait()
+            gdc_launch_dependents()
         pivot = (program - products) * COPIED + tl.arange(0, COPIED)
         own = tl.load(x + offset + pivot, pivot < pivots, 0.0)
         target = tl.load(places + pivot, pivot < pivots, 0)
@@ -72,22 +88,38 @@ def one_row(x: Tensor, weight: Tensor, places: Tensor | None = None, offset: int
     width = max(n, width) if places is None else n
     out = x.new_empty(1, width + pivots)
     if out.numel():
+        hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        early = hopper and weight.numel() <= EARLY_VALUES
         _one_row[lambda meta: (triton.cdiv(width, meta["COLUMNS"]) + triton.cdiv(pivots, COPIED),)](
-            x, weight, weight.stride(1), places, out, depth, n, width, pivots, offset, places is not None, COPIED
-        )
+            x, weight, weight.stride(1), places, out, depth, n, width, pivots, offset,
+            early, places is not None, COPIED, launch_pdl=early,
+        )  # fmt: skip
     return out
 
 
 @triton.jit
 def _place(  # type: ignore[no-untyped-def]
-    z, z_stride, y, y_stride, places, out, d_out, pivots, offset, BLOCK: tl.constexpr
+    z, z_stride, y, y_stride, sources, out, d_out, pivots, offset, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    own = tl.load(z + row * z_stride + offset + column, column < pivots, 0.0)
-    product = tl.load(y + row * y_stride + column - pivots, (column >= pivots) & (column < d_out), 0.0)
-    place = tl.load(places + column, column < d_out, 0)
-    tl.store(out + row * d_out + place, tl.where(column < pivots, own, product), column < d_out)
+    source = tl.load(sources + column, column < d_out, 0)
+    own = tl.load(z + row * z_stride + offset + source, (column < d_out) & (source < pivots), 0.0)
+    product = tl.load(y + row * y_stride + source - pivots, (column < d_out) & (source >= pivots), 0.0)
+    tl.store(out + row * d_out + column, tl.where(source < pivots, own, product), column < d_out)
+
+
+#: places -> where each output comes from, int32
+_sources = WeakIdKeyDictionary()
+
+
+def _sources_of(places: Tensor) -> Tensor:
+    found = _sources.get(places)
+    if found is None:
+        found = places.argsort().int()
+        if not (places.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory is its own
+            _sources[places] = found
+    return found
 
 
 def place(z: Tensor, y: Tensor, places: Tensor, offset: int) -> Tensor:
@@ -97,7 +129,7 @@ def place(z: Tensor, y: Tensor, places: Tensor, offset: int) -> Tensor:
     out = y.new_empty(rows, d_out)
     if out.numel():
         _place[(rows, triton.cdiv(d_out, 1024))](
-            z, z.stride(0), y, y.stride(0), places, out, d_out, d_out - n, offset, BLOCK=1024
+            z, z.stride(0), y, y.stride(0), _sources_of(places), out, d_out, d_out - n, offset, BLOCK=1024
         )
     return out
 
@@ -128,21 +160,16 @@ def _gap_expand(  # type: ignore[no-untyped-def]
     place = words + (part * each).to(tl.int64) * d_out + output
     z += row * width
     total = tl.zeros((PARTS * OUTPUTS,), tl.float32)
-    first = tl.load(place, limit > 0, 0)
-    second = tl.load(place + d_out, limit > 1, 0)
-    third = tl.load(place + 2 * d_out, limit > 2, 0)
-    fourth = tl.load(place + 3 * d_out, limit > 3, 0)
-    for step in range(4, each + 4, 4):
+    for step in range(0, each, 4):
+        first = tl.load(place, step < limit, 0)
+        second = tl.load(place + d_out, step + 1 < limit, 0)
+        third = tl.load(place + 2 * d_out, step + 2 < limit, 0)
+        fourth = tl.load(place + 3 * d_out, step + 3 < limit, 0)
         place += 4 * d_out
-        next_first = tl.load(place, step < limit, 0)
-        next_second = tl.load(place + d_out, step + 1 < limit, 0)
-        next_third = tl.load(place + 2 * d_out, step + 2 < limit, 0)
-        next_fourth = tl.load(place + 3 * d_out, step + 3 < limit, 0)
         position, total = _four_words(first, position, total, z)
         position, total = _four_words(second, position, total, z)
         position, total = _four_words(third, position, total, z)
         position, total = _four_words(fourth, position, total, z)
-        first, second, third, fourth = next_first, next_second, next_third, next_fourth
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     result = tl.sum(tl.reshape(total, (PARTS, OUTPUTS)), 0)
     tl.store(out + row * d_out + output, result.to(out.dtype.element_ty), output < d_out)
@@ -154,18 +181,9 @@ def gap_expand(z: Tensor, words: Tensor, starts: Tensor) -> Tensor:
     (packs, d_out), rows, parts = words.shape, len(z), len(starts)
     out = z.new_empty(rows, d_out)
     if out.numel():
-        outputs = 16 if parts >= 32 else 32
+        outputs = min(MAX_THREADS // parts, max(16, triton.next_power_of_2(d_out // 256 + 1)))
         _gap_expand[(rows, triton.cdiv(d_out, outputs))](
-            z,
-            z.shape[1],
-            words,
-            starts,
-            out,
-            packs,
-            d_out,
-            PARTS=parts,
-            OUTPUTS=outputs,
-            num_warps=parts * outputs // 32,
+            z, z.shape[1], words, starts, out, packs, d_out, parts, outputs, num_warps=parts * outputs // 32
         )
     return out
 

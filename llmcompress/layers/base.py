@@ -73,6 +73,19 @@ class StructuredLinear(nn.Module, ABC):
         self._arrange()
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Row-major, as files have it; layers that share a factor share its copy too."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if keep_vars:
+            return
+        copies = vars(destination).setdefault("_row_major", {})
+        for name in self.factors:
+            tensor = destination[prefix + name]
+            if not tensor.is_contiguous():
+                if tensor.data_ptr() not in copies:
+                    copies[tensor.data_ptr()] = tensor.contiguous()
+                destination[prefix + name] = copies[tensor.data_ptr()]
+
     def _arrange(self) -> None:
         for name in self.factors:
             parameter = getattr(self, name)
