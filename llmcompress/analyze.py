@@ -78,9 +78,9 @@ def analyze_model(
     """Runs the backend's analysis on the model and the text; see `gather` for what it is shown."""
     analysis = build_analysis(backend, options or {})
     location = locate(model)
-    tokens = text.pack(
-        text.tokenize(load_tokenizer(location), text.read_documents(data, "calibration", field)), samples, length, data
-    )
+    tokenizer = load_tokenizer(location)
+    documents = text.read_documents(data, "calibration", field)
+    tokens = text.pack(text.tokenize(tokenizer, documents), samples, length, data)
     whole = location.gguf is not None or getattr(analysis, "trains", False)
     with tempfile.TemporaryDirectory() as scratch:
         chosen = choose_device(device)
@@ -89,7 +89,7 @@ def analyze_model(
         )
         subject = gather(opened, tokens, sites, seed, progress or Silent())
         if isinstance(opened, PreTrainedModel):
-            subject.model, subject.tokens = opened, tokens.to(chosen)
+            subject.model, subject.tokens, subject.tokenizer = opened, tokens.to(chosen), tokenizer
     return analysis.analyze(subject)
 
 

@@ -18,7 +18,7 @@ from llmcompress.errors import InputError
 from llmcompress.types import Site
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PORTS = ("sampler", "solver", "sparse coder", "recovery", "stream", "curvature", "grouping", "layer", "analysis")
 
@@ -61,8 +61,8 @@ class Subject:
     """What an analysis looks at: a few sites of a model and what they see on some text.
 
     inputs[site] (n, d_in) and weights[site] (d_out, d_in) float32; residual[block] (n, d_model) float32, the hidden
-    states that leave a block. The rows are the same tokens everywhere, in the order of the text. model, tokens: only
-    for an analysis that trains.
+    states that leave a block. The rows are the same tokens everywhere, in the order of the text. model, tokens,
+    tokenizer: only for an analysis that trains.
     """
 
     sites: list[Site]
@@ -72,6 +72,7 @@ class Subject:
     seed: int = 0
     model: PreTrainedModel | None = None
     tokens: Tensor | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def trainable(self) -> tuple[PreTrainedModel, Tensor]:
         """The whole model in memory, and the tokens (sequences, length); for backends that set `trains`."""

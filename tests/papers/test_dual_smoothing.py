@@ -1,7 +1,9 @@
 """Dual randomised smoothing: certificates are tight and sound, halves are blind, a model's embeddings are certified."""
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,10 +26,12 @@ from llmcompress.backends.analysis.dual_smoothing import (
     even_odd,
     fill_neighbours,
     radius_cap,
+    read_labelled,
 )
 from llmcompress.calibration.text import pack, tokenize
 from llmcompress.errors import InputError, RunError
 from llmcompress.models.structure import analyse
+from tests.tiny import save_tiny, write_text
 
 
 def generator(seed=0):
@@ -281,7 +285,46 @@ def test_the_analysis_runs_on_a_model_and_a_copy_of_it(tmp_path, smollm2, smollm
     assert len(report.findings) == 2
 
 
+def labelled_file(path, rows):
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    return str(path)
+
+
+def test_classes_come_from_a_file_of_labelled_texts(tmp_path):
+    folder = save_tiny(tmp_path / "model", "llama")
+    rows = [(letter * length, label) for length in (5, 9, 7, 12, 40, 6) for letter, label in (("a", 1), ("Z", 2))]
+    options = {"labels": labelled_file(tmp_path / "labels.jsonl", rows), "sigma": [0.2], "draws": 200, "window": 10}
+    data = write_text(tmp_path / "text.txt")
+    report = analyze_model(str(folder), "dual_smoothing", options, data=str(data), samples=2, length=16)
+    assert "4 texts of 2 classes" in report.title
+    assert max(report.column("accuracy")) == 1.0, "one letter or the other is told apart"
+
+
+def test_texts_of_several_lengths_are_embedded_as_alone(smollm2):
+    texts = [torch.arange(length) + 5 for length in (4, 9, 4, 7)]
+    together = embed(smollm2, texts)
+    for text, found in zip(texts, together, strict=True):
+        torch.testing.assert_close(found, embed(smollm2, [text])[0], rtol=1e-4, atol=1e-4)
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_labels(tmp_path):
+    good = [("one text", "a"), ("two texts", "b")] * 3
+    with pytest.raises(InputError, match=r"labels: .*missing\.jsonl cannot be read: No such file"):
+        read_labelled(tmp_path / "missing.jsonl")
+    for row in ('{"text": "x"}', "[]", "no json", '{"text": "", "label": 1}'):
+        path = tmp_path / "bad.jsonl"
+        path.write_text(json.dumps({"text": "x", "label": 1}) + "\n" + row + "\n")
+        with pytest.raises(InputError, match=r"bad\.jsonl, line 2: expected"):
+            read_labelled(path)
+    for rows in (good[:4], [row for row in good if row[1] == "a"]):
+        with pytest.raises(InputError, match="two classes of three texts each at least; got"):
+            read_labelled(Path(labelled_file(tmp_path / "few.jsonl", rows)))
+    texts, labels = read_labelled(Path(labelled_file(tmp_path / "good.jsonl", good)))
+    assert texts[0] == "one text"
+    assert labels.tolist() == [0, 1] * 3
 
 
 def test_bad_certificates():

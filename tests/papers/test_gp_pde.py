@@ -15,6 +15,8 @@ from llmcompress.backends.analysis.gp_hm import GPHM, _derivatives
 from llmcompress.backends.analysis.gp_pde import GPPDE, GPPDEOptions, fit_series, mean_attention_logits, spectral_kernel
 from llmcompress.backends.analysis.spectral_kernels import KINDS, cholesky, initial_params
 from llmcompress.calibration.text import pack, tokenize
+from llmcompress.compressors.low_rank import rank_for
+from llmcompress.compressors.svd_llm import svd_llm_factorize
 from llmcompress.errors import InputError, RunError
 from llmcompress.models.structure import analyse
 from tests.tiny import save_tiny
@@ -328,7 +330,31 @@ def test_a_spectrum_fills_in_positional_attention_and_the_models_own_frequencies
     assert report.curves[0].label == "measured"
 
 
+def test_a_depth_profile_is_best_measured(smollm2, smollm2_tokenizer, wikitext):
+    tokens = pack(tokenize(smollm2_tokenizer, [wikitext["valid"][:20_000]]), 2, 512, "valid")
+    subject = gather(smollm2, tokens, ["gate"])
+    report = GPPDE(GPPDEOptions(signal="depth_profile")).analyze(subject)
+    print(report.findings)
+    assert report.column("block") == list(range(30))
+    assert [value is None for value in report.column("stm")] == [block % 2 == 0 for block in range(30)]
+    values, filled = (np.array(report.column(name)[1::2], float) for name in ("measured", "linear"))
+    assert f"linear {np.sqrt(np.mean((filled - values) ** 2)):.3f}" in report.findings[0]
+    assert "measure every block" in report.findings[0]
+    site = subject.sites[7]
+    x, weight = subject.inputs[site.name].double(), subject.weights[site.name].double()
+    factors = svd_llm_factorize(weight, x.T @ x, rank_for(576, 1536, 0.3), "eigh")
+    error = float((x @ (weight.T - factors.A @ factors.B)).norm() / (x @ weight.T).norm())
+    assert report.column("measured")[7] == pytest.approx(math.log10(error), abs=1e-6)
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_a_depth_profile_needs_a_site_in_each_of_many_blocks(smollm2, smollm2_tokenizer, wikitext):
+    tokens = pack(tokenize(smollm2_tokenizer, [wikitext["valid"][:2000]]), 1, 64, "valid")
+    for targets, count in ((["model.layers.3.mlp.gate_proj"], 1), (["model.layers.0.mlp.(gate|up)_proj"], 2)):
+        with pytest.raises(InputError, match=rf"one site in each of 8 blocks or more, got {count} sites"):
+            GPPDE(GPPDEOptions(signal="depth_profile")).analyze(gather(smollm2, tokens, targets))
 
 
 def test_bad_axes_and_options(caplog):

@@ -11,6 +11,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 
 from llmcompress.analyze import gather
+from llmcompress.backends.analysis.intrinsic_dimension import SCALES, slope
 from llmcompress.backends.analysis.singular_density import (
     DeepDensity,
     SingularDensity,
@@ -153,20 +154,21 @@ def manifold(kind, n, seed):
 
 
 def test_dimensions_of_manifolds():
-    jacobian, slope = [], []
+    jacobian, slopes = [], []
     for truth, kind in enumerate(("figure-eight", "torus", "sphere"), start=1):
         train, test = manifold(kind, 1600, 0), manifold(kind, 400, 1)
-        model = DeepDensity(4, 8).fit(train, 0.1, particles=10)
-        jacobian.append(jacobian_dimension(model, test))
-        slope.append(slope_dimension(train, test, 4))
+        models = [DeepDensity(4, 8) for _ in SCALES]
+        fit_together(models, [train] * len(SCALES), SCALES, steps=1000, particles=10)
+        jacobian.append(jacobian_dimension(models[SCALES.index(0.1)], test))
+        slopes.append(slope(models, test, SCALES))
         linear = int((PCA().fit(train.numpy()).explained_variance_ > 1e-6).sum())
-        print(kind, jacobian[-1], slope[-1], linear, two_nn(test), levina_bickel(test))
+        print(kind, jacobian[-1], slopes[-1], linear, two_nn(test), levina_bickel(test))
         assert jacobian[-1] == pytest.approx(truth, abs=0.5)
-        assert slope[-1] == pytest.approx(truth, abs=0.5)
+        assert slopes[-1] == pytest.approx(truth, abs=0.5)
         assert linear == truth + 1, "linear rank counts the space around"
     assert jacobian == sorted(jacobian)
-    assert slope == sorted(slope)
-    assert len({*jacobian}) == len({*slope}) == 3
+    assert slopes == sorted(slopes)
+    assert len({*jacobian}) == len({*slopes}) == 3
 
 
 def test_neighbours_know_the_dimension_of_uniform_points():

@@ -7,6 +7,9 @@ compression moves its embedding. Source of the comparison: this project's.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -59,20 +62,64 @@ COLUMNS = ["method", "sigma", "mean radius", "accuracy", "median drift", "certif
 
 
 class DualSmoothingOptions(BaseModel, extra="forbid"):
+    labels: str | None = Field(
+        default=None, description="texts and their classes: a .jsonl file of {text, label}; none: passages as classes"
+    )
     compare: str | None = Field(default=None, description="the compressed model: a folder or hub id; none: no drift")
     sigma: list[float] = Field(default=[0.5, 1.0, 2.0], min_length=1, description="noise, in standard deviations")
-    window: int = Field(default=32, ge=1, description="tokens of a text; every sequence is a class of such texts")
+    window: int = Field(
+        default=32,
+        ge=1,
+        description="tokens of a text, at most; without labels every sequence is a class of such texts",
+    )
     draws: int = Field(default=1000, ge=1, description="noise draws behind a certificate")
     alpha: float = Field(default=1e-3, gt=0, lt=1, description="chance of a wrong certificate")
     center: bool = Field(default=True, description="also tell the drift without the mean of the other texts' drifts")
 
 
-def embed(model: PreTrainedModel, texts: Tensor, batch: int = 16) -> Tensor:
-    """Mean-pooled last hidden states, (n, d) float32, of texts (n, length) int64."""
+def embed(model: PreTrainedModel, texts: Tensor | Sequence[Tensor], batch: int = 16) -> Tensor:
+    """Mean-pooled last hidden states, (n, d) float32, of texts (n, length) int64, or (length,) of several lengths."""
     body = model.base_model
+    by_length: dict[int, list[int]] = {}
+    for number, text in enumerate(texts):
+        by_length.setdefault(len(text), []).append(number)
+    found: dict[int, Tensor] = {}
     with torch.no_grad():
-        parts = [body(input_ids=part.to(model.device)).last_hidden_state.float().mean(1) for part in texts.split(batch)]
-    return torch.cat(parts).cpu()
+        for alike in by_length.values():
+            for first in range(0, len(alike), batch):
+                chosen = alike[first : first + batch]
+                rows = torch.stack([texts[number] for number in chosen]).to(model.device)
+                found |= zip(chosen, body(input_ids=rows).last_hidden_state.float().mean(1).cpu(), strict=True)
+    return torch.stack([found[number] for number in range(len(texts))])
+
+
+def read_labelled(path: Path) -> tuple[list[str], Tensor]:
+    """The texts of a .jsonl file of {text, label}, and the number of each one's class, (n,) int64.
+
+    InputError naming the line that is not so, or a file without two classes of three texts each.
+    """
+    texts, labels = [], []
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise InputError(f"labels: {path} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            text, label = row["text"], row["label"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str) or not text:
+            raise InputError(f'{path}, line {number}: expected {{"text": "...", "label": ...}}')
+        texts.append(text)
+        labels.append(label)
+    names = sorted({str(label) for label in labels})
+    counts = [sum(str(label) == name for label in labels) for name in names]
+    if len(names) < 2 or min(counts) < 3:
+        raise InputError(
+            f"{path}: needs two classes of three texts each at least; got {dict(zip(names, counts, strict=True))}"
+        )
+    return texts, torch.tensor([names.index(str(label)) for label in labels])
 
 
 def embedding_robustness(
@@ -178,15 +225,10 @@ class DualSmoothing:
         self.options = options
 
     def analyze(self, subject: Subject) -> Report:
-        """Classes are the calibration's sequences, cut into short texts: of which sequence is a text a part?"""
-        model, tokens = subject.trainable()
+        """Of which class is a text: those of `labels`, or of which of the calibration's sequences is it a part?"""
         options = self.options
-        count = tokens.shape[1] // options.window
-        if len(tokens) < 2 or count < 3:
-            raise InputError(f"needs two sequences of three texts of {options.window} tokens each at least; got "
-                             f"{tuple(tokens.shape)}: raise --samples or --length, or lower window")  # fmt: skip
-        texts = tokens[:, : count * options.window].reshape(-1, options.window).cpu()
-        labels = torch.arange(len(tokens)).repeat_interleave(count)
+        model, tokens = subject.trainable()
+        texts, labels = self._labelled(subject) if options.labels is not None else self._passages(tokens)
         before = embed(model, texts)
         after = None
         if options.compare is not None:
@@ -203,6 +245,24 @@ class DualSmoothing:
                 report.rows += part.rows
         report.findings = _findings(report, after is not None, options.center)
         return report
+
+    def _passages(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        window = self.options.window
+        count = tokens.shape[1] // window
+        if len(tokens) < 2 or count < 3:
+            raise InputError(f"needs two sequences of three texts of {window} tokens each at least; got "
+                             f"{tuple(tokens.shape)}: raise --samples or --length, or lower window")  # fmt: skip
+        texts = tokens[:, : count * window].reshape(-1, window).cpu()
+        return texts, torch.arange(len(tokens)).repeat_interleave(count)
+
+    def _labelled(self, subject: Subject) -> tuple[list[Tensor], Tensor]:
+        """The beginnings of the file's texts, shuffled: every third one is for testing."""
+        if self.options.labels is None or subject.tokenizer is None:
+            raise InputError("labelled texts need the model's tokenizer")
+        texts, labels = read_labelled(Path(self.options.labels))
+        rows = [torch.tensor(subject.tokenizer(text)["input_ids"][: self.options.window]) for text in texts]
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(subject.seed)).tolist()
+        return [rows[place] for place in order], labels[order]
 
 
 def _findings(report: Report, compared: bool, center: bool) -> list[str]:

@@ -7,7 +7,7 @@ knows its own rotary frequencies; a ridge on these is the baseline that a spectr
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
+from llmcompress.backends.analysis.depth_profile import depth_profile
 from llmcompress.backends.analysis.gp_hm import GPHM, FitLog
 from llmcompress.backends.analysis.gp_series import SeriesFit, fit_series
 from llmcompress.backends.analysis.spectral_kernels import KINDS, spectral_kernel
@@ -39,6 +40,10 @@ RIDGES = (1e-4, 1e-2, 1.0)
 
 
 class GPPDEOptions(BaseModel, extra="forbid"):
+    signal: Literal["positional_attention", "depth_profile"] = Field(
+        default="positional_attention", description="mean attention logits by distance, or truncation errors by block"
+    )
+    ratio: float = Field(default=0.3, gt=0, lt=1, description="depth_profile: share of the values removed")
     heads: int = Field(default=4, ge=1, description="heads of the block that are looked at")
     distances: int = Field(default=256, ge=8, description="relative distances, from 0 on")
     seen: int = Field(default=64, ge=4, description="distances whose logit is shown; the others are filled in")
@@ -54,7 +59,9 @@ class GPPDE:
         self.options = options
 
     def analyze(self, subject: Subject) -> Report:
-        """Relative errors on the hidden distances, head by head, at the first of the subject's blocks."""
+        """Relative errors on hidden distances, head by head, at the first of the subject's blocks; or the profile."""
+        if self.options.signal == "depth_profile":
+            return depth_profile(subject, self.options.ratio)
         model, tokens = subject.trainable()
         options = self.options
         if options.seen >= options.distances or options.distances > tokens.shape[1]:

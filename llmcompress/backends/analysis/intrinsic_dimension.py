@@ -62,16 +62,21 @@ def slope_dimension(
     particles: int = 10,
     seed: int = 0,
 ) -> float:
-    """D plus the slope of the held-out score against the logarithm of the perturbation, over fits at several scales.
-
-    Noise of size s spreads the mass over s^(D - dimension). train, test (n, D); bounded by latent_dim.
-    """
+    """`slope` of fits at several perturbations. train, test (n, D); bounded by latent_dim."""
     if len(scales) < 2 or min(scales) <= 0:
         raise InputError(f"needs two positive scales at least; got {tuple(scales)}")
     models = [DeepDensity(latent_dim, train.shape[1]).to(train.device) for _ in scales]
     fit_together(models, [train] * len(scales), scales, steps, particles, seeds=[seed] * len(scales))
+    return slope(models, test, scales, seed)
+
+
+def slope(models: Sequence[DeepDensity], test: Tensor, scales: Sequence[float], seed: int = 0) -> float:
+    """D plus the slope of the held-out score of test (n, D) against the logarithm of each model's perturbation.
+
+    Noise of size s spreads the mass over s^(D - dimension).
+    """
     scores = [float(m.score(test, s, seed=seed).mean()) for m, s in zip(models, scales, strict=True)]
-    return train.shape[1] + float(np.polyfit(np.log(scales), scores, 1)[0])
+    return test.shape[1] + float(np.polyfit(np.log(scales), scores, 1)[0])
 
 
 def _neighbours(x: Tensor, k: int) -> np.ndarray:
