@@ -8,8 +8,9 @@ BIN = .venv/bin
 quickstart: .venv/ready
 	$(BIN)/llmcompress apply --recipe recipes/quickstart.yaml
 
+# a process a core, each of one thread: small operations gain nothing from more
 test: .venv/ready check
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 slow-test: .venv/ready
 	$(BIN)/pytest -m slow

@@ -151,7 +151,7 @@ def test_figures_along_the_path(pair, text, tmp_path):
 
 
 def command(monkeypatch, capfd, *arguments):
-    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr(cli.out, "width", 250)
     monkeypatch.setattr(sys, "argv", ["llmcompress", *map(str, arguments)])
     log = cli.logging.getLogger("llmcompress")
     before = log.level, log.handlers, log.propagate

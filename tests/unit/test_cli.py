@@ -19,7 +19,8 @@ from tests.tiny import save_tiny, write_text
 @pytest.fixture
 def run(monkeypatch, capfd):
     """Runs a command in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
+    for console in (cli.out, cli.err):
+        monkeypatch.setattr(console, "width", 200)
     log = cli.logging.getLogger("llmcompress")
     before = log.level, log.handlers, log.propagate
 
