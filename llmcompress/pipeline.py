@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import transformers
 import yaml
 from llmcompress_eval.runs import METRICS
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import llmcompress
 from llmcompress.backends.report import Report
@@ -98,6 +100,7 @@ class Pipeline:
         self.work = self.output.parent / f".{self.output.name}.work-{self.fingerprint[:12]}"
         self.seconds: dict[str, float] = {}
         self._training_tokens: Tensor | None = None
+        self._tasks: dict[str, Any] = {}
         self.calibration: SharedCalibration | None = None  # set by a sweep, and the dense model's known perplexities
         self.dense_figures: dict[str, Any] = {}
 
@@ -195,6 +198,10 @@ class Pipeline:
             if self.recipe.block_recovery is not None:
                 check_plan(plan)
             texts = self._evaluation_texts(source)
+            if self.recipe.eval.tasks:
+                from llmcompress_eval.tasks import load_tasks
+
+                self._tasks = load_tasks(self.recipe.eval.tasks, "eval.tasks")
             tokens = self._calibration_tokens(source)
             self._training_tokens = self._read_training_tokens(source)
         return source, plan, tokens, texts
@@ -290,19 +297,28 @@ class Pipeline:
         self, source: StreamedModel, result: Path, metrics: dict[str, Any], texts: dict[str, Windows]
     ) -> dict[str, Any] | None:
         """Adds the perplexities to the metrics; returns the speeds."""
-        from llmcompress_eval.pair import evaluate_pair
+        from llmcompress_eval.pair import evaluate_pair, tasks_of_pair
 
         metrics |= {"evaluation": self._evaluation_digest(), "perplexity": {}}
+        metrics.pop("tasks", None)
         evaluation = self.recipe.eval
         speed = None
+        dtype = source.model.dtype
+        loads = partial(self._loaded, source.location, dtype), partial(self._loaded, Location(result), dtype)
         if evaluation.perplexity or evaluation.speed:
             with self._timed("evaluate"):
                 metrics["perplexity"], speed = evaluate_pair(
-                    lambda: load_model(source.location, source.model.dtype).to(self.device),
-                    lambda: load_model(Location(result), source.model.dtype).to(self.device),
-                    texts, evaluation.speed, self.progress, self.dense_figures,
-                )  # fmt: skip
+                    *loads, texts, evaluation.speed, self.progress, self.dense_figures
+                )
+        if self._tasks:
+            with self._timed("tasks"):
+                tokenizer = load_tokenizer(source.location)
+                metrics["tasks"] = tasks_of_pair(*loads, tokenizer, self._tasks, evaluation.limit, self.progress)
         return speed
+
+    def _loaded(self, location: Location, dtype: torch.dtype) -> PreTrainedModel:
+        model: PreTrainedModel = load_model(location, dtype).to(self.device)
+        return model
 
     def _analyse(self, source: StreamedModel, result: Path) -> list[Report]:
         """Runs the analyses on the dense model; reports hold times, so that they are no part of the metrics."""

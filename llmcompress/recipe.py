@@ -153,6 +153,10 @@ class Evaluation(Section):
     length: int = Field(1024, ge=2, description="tokens in a window")
     windows: int | None = Field(16, ge=1, description="windows measured; null for the whole text")
     field: str = Field("text", description="column or key that holds the text")
+    tasks: list[str] = Field(
+        default_factory=list, description="lm-eval tasks, dense and compressed; piqa=FOLDER reads local records"
+    )
+    limit: int | None = Field(None, ge=1, description="items of each task measured, the first; null for all")
     speed: bool = Field(False, description="measure tokens per second, dense and compressed")
 
 

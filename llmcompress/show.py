@@ -66,6 +66,11 @@ def result_table(folder: Path, metrics: dict[str, Any], speed: dict[str, Any] | 
     for source, pair in metrics.get("perplexity", {}).items():
         a, b = pair["dense"]["perplexity"], pair["compressed"]["perplexity"]
         table.add_row(Text(f"perplexity, {Path(source).name}"), f"{a:.2f}", f"{b:.2f}", f"x{b / a:.2f}")
+    tasks = metrics.get("tasks", {"dense": {}})
+    for task, found in tasks["dense"].items():
+        for metric in sorted(found.keys() - {"items"}):
+            a, b = (tasks[role][task][metric]["value"] for role in ("dense", "compressed"))
+            table.add_row(Text(f"{task}, {metric}"), f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}")
     for key in ("prefill", "decode") if speed else ():
         a, b = speed["dense"][key], speed["compressed"][key]  # type: ignore[index]
         table.add_row(f"{key}, tokens/s", f"{a:,.1f}", f"{b:,.1f}", f"x{b / a:.2f}")

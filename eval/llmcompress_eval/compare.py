@@ -121,7 +121,8 @@ def _row(run: Run, role: str) -> Row:
         for source, agreed in run.evaluation.get("agreement", {}).items():
             row[f"KL {Path(source).name}"] = agreed["kl"]
             row[f"same top token {Path(source).name}"] = agreed["top1"]
-    for task, metrics in own.get("tasks", {}).items():
+    measured = run.metrics.get("tasks", {}).get(role, {}) | own.get("tasks", {})
+    for task, metrics in measured.items():
         row |= {f"{task} {metric}": value["value"] for metric, value in metrics.items() if metric != "items"}
     speed = run.evaluation.get("speed", {}).get("end_to_end", {})
     for what in ("prefill", "decode"):

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.progress import Progress
 from llmcompress_eval.perplexity import Windows, perplexity
 from llmcompress_eval.speed import measure
+from llmcompress_eval.tasks import evaluate_tasks
 
-Load = Callable[[], nn.Module]
+Load = Callable[[], PreTrainedModel]
 
 
 def evaluate_pair(
@@ -34,7 +36,7 @@ def evaluate_pair(
     found = {"dense": dict(known)}
     if unknown or speed:
         dense = load_dense()
-        if not dense.can_generate():  # type: ignore[operator]
+        if not dense.can_generate():
             return {}, None
         found["dense"] |= _perplexities(dense, "dense", unknown, progress)
         if not speed:
@@ -46,10 +48,23 @@ def evaluate_pair(
         return by_source, None
     progress.start("speed", 1)
     limit = getattr(compressed.config, "max_position_embeddings", 512)
-    prompt = torch.arange(min(512, limit // 2)).unsqueeze(0) % int(compressed.config.vocab_size)  # type: ignore
+    prompt = torch.arange(min(512, limit // 2)).unsqueeze(0) % int(compressed.config.vocab_size)
     speeds = measure({"dense": dense, "compressed": compressed}, prompt)
     progress.advance("prefill and decode")
     return by_source, {name: asdict(speed) for name, speed in speeds.items()}
+
+
+def tasks_of_pair(
+    load_dense: Load,
+    load_compressed: Load,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: dict[str, Any],
+    limit: int | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Results of both models, one in memory at a time, on tasks that `load_tasks` has loaded."""
+    loads = {"dense": load_dense, "compressed": load_compressed}
+    return {name: evaluate_tasks(load(), tokenizer, tasks, 1, limit, progress) for name, load in loads.items()}
 
 
 def _perplexities(model: nn.Module, name: str, texts: dict[str, Windows], progress: Progress) -> dict[str, Any]:

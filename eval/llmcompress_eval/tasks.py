@@ -25,28 +25,31 @@ if TYPE_CHECKING:
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 
 
-def load_tasks(specs: list[str]) -> dict[str, Any]:
-    """The tasks as lm-eval takes them. InputError: lm-eval missing, a name unknown, or its records out of reach."""
+def load_tasks(specs: list[str], at: str = "--tasks") -> dict[str, Any]:
+    """The tasks as lm-eval takes them; `at`: where they are named.
+
+    InputError: lm-eval missing, a name unknown, or its records out of reach.
+    """
     try:
         import lm_eval
     except ModuleNotFoundError:
-        raise InputError("--tasks: needs lm-eval: pip install 'llmcompress[eval]'") from None
+        raise InputError(f"{at}: needs lm-eval: pip install 'llmcompress[eval]'") from None
     logging.getLogger(lm_eval.__name__).setLevel(logging.ERROR)
     folders = {name: folder for name, _, folder in (spec.partition("=") for spec in specs)}
     local = {name: read_records(name, Path(folder).expanduser()) for name, folder in folders.items() if folder}
     manager = _manager(list(folders))
     for name in folders:
         if name not in manager.all_tasks:
-            raise InputError(f"--tasks: unknown task '{name}'{_nearest(name, manager.all_tasks)}")
+            raise InputError(f"{at}: unknown task '{name}'{_nearest(name, manager.all_tasks)}")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in folders:
         if name in local:  # within a group, a registered task may be given another source of records
             given: dict[str, Any] = {"task": name, "custom_dataset": functools.partial(_given, local[name])}
             if "train" not in local[name]:  # examples for prompts, and the prompts here have none
                 given["training_split"] = None
-            loaded["tasks"] |= _loaded(manager, {"group": "local", "task": [given]}, folders[name])["tasks"]
+            loaded["tasks"] |= _loaded(manager, {"group": "local", "task": [given]}, f"{at}: {folders[name]}")["tasks"]
         else:
-            part = _loaded(manager, name, f"the hub's records (from a folder: {name}=FOLDER)")
+            part = _loaded(manager, name, f"{at}: the hub's records (from a folder: {name}=FOLDER)")
             loaded = {key: {**loaded[key], **part[key]} for key in loaded}
     return loaded
 
@@ -55,9 +58,9 @@ def _loaded(manager: Any, spec: str | dict[str, Any], origin: str) -> dict[str, 
     try:
         found: dict[str, Any] = manager.load([spec])
     except KeyError as error:
-        raise InputError(f"--tasks: {origin}: no split or field {error}, which the task reads") from None
+        raise InputError(f"{origin}: no split or field {error}, which the task reads") from None
     except Exception as error:  # datasets raises a wide family
-        raise InputError(f"--tasks: {origin}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise InputError(f"{origin}: {' '.join(str(error).split()) or type(error).__name__}") from error
     return found
 
 
@@ -106,7 +109,7 @@ def read_records(name: str, folder: Path) -> dict[str, Dataset]:
     from datasets import Dataset
 
     if not folder.is_dir():
-        raise InputError(f"--tasks {name}={folder}: no such folder")
+        raise InputError(f"task {name}={folder}: no such folder")
     found = {}
     for stem, split in SPLITS.items():
         path = folder / f"{stem}.jsonl"
@@ -127,7 +130,7 @@ def read_records(name: str, folder: Path) -> dict[str, Dataset]:
         found[split] = Dataset.from_list(records)
     if not found:
         expected = ", ".join(f"{stem}.jsonl" for stem in SPLITS)
-        raise InputError(f"--tasks {name}={folder}: holds none of {expected}")
+        raise InputError(f"task {name}={folder}: holds none of {expected}")
     return found
 
 

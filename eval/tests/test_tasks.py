@@ -5,13 +5,19 @@ import sys
 
 import pytest
 import torch
+from llmcompress_eval.compare import rows_of
 from llmcompress_eval.perplexity import perplexity
+from llmcompress_eval.runs import read_run
 from llmcompress_eval.tasks import evaluate_tasks, load_tasks
+from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 import llmcompress
 from llmcompress.errors import InputError
 from llmcompress.progress import Silent
-from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
+from llmcompress.recipe import Recipe
+from llmcompress.show import result_table
+from tests.tiny import VOCABULARY, recipe, save_tiny, tiny_model, tiny_tokenizer, write_text
 
 RECORDS = [
     {"goal": f"{verb} a {thing}", "sol1": f"Take it {end}.", "sol2": f"Leave the {thing}."}
@@ -123,7 +129,34 @@ def _small_manager(folder):
     return TaskManager(include_defaults=False, include_path=str(folder))
 
 
+def test_a_recipe_measures_tasks_dense_and_compressed(piqa, tasks, tmp_path):
+    folder, data = save_tiny(tmp_path / "dense", max_position_embeddings=128), write_text(tmp_path / "text.txt")
+    run = recipe(folder, data, tmp_path / "run") | {"eval": {"tasks": [f"piqa={piqa}"], "limit": 4}}
+    outcome = llmcompress.apply(Recipe.parse(run))
+    stored = json.loads((tmp_path / "run" / "metrics.json").read_text())["tasks"]
+    compressed = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert stored == {
+        "dense": evaluate(tasks, limit=4),
+        "compressed": evaluate(tasks, limit=4, model=compressed),
+    }
+    rows = rows_of([read_run(tmp_path / "run")])
+    assert [row["piqa acc"] for row in rows] == [stored[name]["piqa"]["acc"]["value"] for name in stored]
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(result_table(outcome.folder, outcome.metrics, None))
+    assert "piqa, acc_norm" in shown.get()
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_with_an_unknown_task_leaves_nothing(monkeypatch, piqa, tmp_path):
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda *_, **__: _small_manager(piqa))
+    folder, data = save_tiny(tmp_path / "dense"), write_text(tmp_path / "text.txt")
+    run = recipe(folder, data, tmp_path / "run") | {"eval": {"tasks": ["no_such_task"]}}
+    with pytest.raises(InputError, match=r"^eval\.tasks: unknown task 'no_such_task'"):
+        llmcompress.apply(Recipe.parse(run))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "text.txt"]
 
 
 def test_an_unknown_task_offers_the_nearest(monkeypatch, piqa):
