@@ -21,6 +21,7 @@ from llmcompress_eval.perplexity import (
     loss,
     mean_and_error,
     predictions,
+    rows_at_once,
 )  # fmt: skip
 from llmcompress_eval.processes import ALONE, Processes
 
@@ -67,6 +68,9 @@ def _distances(logits: list[Tensor], targets: Tensor) -> list[float]:
     """Both losses, KL(dense || compressed) and the number of equal likeliest tokens, each summed over the window."""
     dense, compressed = logits
     losses = [loss(dense, targets), loss(compressed, targets)]
-    p, q = F.log_softmax(dense, -1), F.log_softmax(compressed, -1)
-    kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1).double().sum().item()
-    return [*losses, kl, (dense.argmax(-1) == compressed.argmax(-1)).sum().item()]
+    kl, equal = 0.0, 0
+    for left, right in zip(*(both.split(rows_at_once(both)) for both in logits), strict=True):
+        p, q = F.log_softmax(left, -1), F.log_softmax(right, -1)
+        kl += F.kl_div(q, p, reduction="none", log_target=True).sum(-1).double().sum().item()
+        equal += int((left.argmax(-1) == right.argmax(-1)).sum())
+    return [*losses, kl, equal]

@@ -141,9 +141,16 @@ def predictions(
             advance(f"window {index + 1} of {len(windows)}")
 
 
+def rows_at_once(logits: Tensor) -> int:
+    """Of (scored, vocabulary): as many as a CPU's cache holds, which takes a quarter of the time of all at once."""
+    return max(1, (1 << 20 if logits.device.type == "cpu" else 1 << 28) // logits.shape[1])
+
+
 def loss(logits: Tensor, targets: Tensor) -> float:
     """Negative log-likelihood of the targets, summed, in nats."""
-    return F.cross_entropy(logits, targets, reduction="none").double().sum().item()
+    rows = rows_at_once(logits)
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.cat([F.cross_entropy(*part, reduction="none") for part in parts]).double().sum().item()
 
 
 def collect(rows: Iterable[list[float]], processes: Processes) -> Tensor:
