@@ -10,11 +10,17 @@ from typing import Any
 
 import llmcompress
 from llmcompress import Recipe
+from llmcompress.progress import Silent
+from llmcompress.sweep import sweep, sweep_recipes
 
 
 def run(data: dict[str, Any]) -> None:
     os.makedirs(os.path.dirname(data["output"]), exist_ok=True)
     llmcompress.apply(Recipe.parse(data))
+
+
+def run_sweep(data: dict[str, Any], ratios: list[float], methods: list[str]) -> None:
+    sweep(sweep_recipes(Recipe.parse(data), ratios, methods), Silent())
 
 
 def run_limited(data: dict[str, Any], limit: int, report: Queue[tuple[str, str]]) -> None:

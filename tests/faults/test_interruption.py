@@ -136,6 +136,35 @@ def test_sigkill_at_ten_random_moments(inputs, undisturbed, tmp_path, spawn):
     assert killed == 10
 
 
+def test_a_sweep_killed_at_five_random_moments_goes_on(inputs, tmp_path, spawn):
+    from tests.faults import child
+
+    choice = [0.3, 0.5], ["svd", "svd_llm"]
+
+    def start(folder):
+        process = spawn.Process(target=child.run_sweep, args=(recipe(*inputs, folder), *choice))
+        process.start()
+        return process
+
+    began = time.perf_counter()
+    start(tmp_path / "whole").join()
+    seconds = time.perf_counter() - began
+    wanted = {path.name: files(path) for path in (tmp_path / "whole").iterdir()}
+    assert wanted.keys() == {"svd-0.3", "svd-0.5", "svd_llm-0.3", "svd_llm-0.5"}
+    generator, killed = random.Random(3), 0
+    for attempt in range(20):
+        if killed == 5:
+            break
+        process = start(tmp_path / f"attempt{attempt}")
+        time.sleep(generator.uniform(0.05, 1) * seconds)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -9
+        start(tmp_path / f"attempt{attempt}").join()
+        assert {path.name: files(path) for path in (tmp_path / f"attempt{attempt}").iterdir()} == wanted
+    assert killed == 5
+
+
 def test_interrupt_says_how_to_go_on(inputs, undisturbed, tmp_path, capsys, monkeypatch):
     from llmcompress import cli
 
