@@ -27,6 +27,7 @@ from rich.table import Table
 from llmcompress.backends.analysis.dual_smoothing import DualSmoothedClassifier, SmoothedClassifier, even_odd
 from llmcompress.backends.analysis.gp_pde import GPHM, fit_series
 from llmcompress.backends.analysis.singular_density import DeepDensity, fit_together
+from llmcompress.backends.geometry.lie_group import balanced_gauge
 from llmcompress.backends.regression.block_coordinate import GramLeastSquares, solve_gram
 from llmcompress.backends.regression.conjugate_direction import cg, dcdm, fit_gram_direction
 from llmcompress.backends.regression.kronecker_sbl import KroneckerSBL, classic_sbl, kron_matvec
@@ -160,6 +161,13 @@ def singular_density(count: int) -> Case:
     return together, lambda: [model.fit(x, 0.1, steps=20) for model in models], 0.0
 
 
+def lie_group(d: int) -> Case:
+    A, B = randn(d, 128), randn(128, d)
+    product = A @ B
+    gauge = lambda: balanced_gauge(A, B)  # noqa: E731
+    return gauge, lambda: torch.linalg.svd(product, full_matrices=False), 2 * 2 * d * 128**2 * 3
+
+
 #: name -> (case, sizes, what is compared with)
 CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "sensitivity": (sensitivity, [4096, 8192, 16384, 32768], "full SVD"),
@@ -175,6 +183,7 @@ CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "gp_pde": (gp_pde, [12, 24, 48], "Cholesky without structure"),
     "gp_pde, series": (gp_series, [32, 64, 128, 256], "lstsq"),
     "singular_density": (singular_density, [1, 2, 4, 8], "one by one"),
+    "lie_group": (lie_group, [256, 512, 1024], "SVD of the product"),
     "kronecker_sbl": (kronecker_sbl, [10, 20, 30], "SBL without structure"),
 }
 
