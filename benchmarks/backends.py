@@ -28,6 +28,7 @@ from llmcompress.backends.analysis.dual_smoothing import DualSmoothedClassifier,
 from llmcompress.backends.analysis.gp_pde import GPHM, fit_series
 from llmcompress.backends.analysis.singular_density import DeepDensity, fit_together
 from llmcompress.backends.geometry.lie_group import balanced_gauge
+from llmcompress.backends.geometry.spd_batchnorm import bures_mix_weights, bw_barycentre
 from llmcompress.backends.regression.block_coordinate import GramLeastSquares, solve_gram
 from llmcompress.backends.regression.conjugate_direction import cg, dcdm, fit_gram_direction
 from llmcompress.backends.regression.kronecker_sbl import KroneckerSBL, classic_sbl, kron_matvec
@@ -168,6 +169,14 @@ def lie_group(d: int) -> Case:
     return gauge, lambda: torch.linalg.svd(product, full_matrices=False), 2 * 2 * d * 128**2 * 3
 
 
+def spd_batchnorm(d: int) -> Case:
+    rows = randn(4, 4 * d, d)
+    G, few = rows[:3].mT @ rows[:3] / (4 * d), rows[3, : d // 2]
+    T = few.T @ few / len(few)
+    fit = lambda: bures_mix_weights(G, T)  # noqa: E731
+    return fit, lambda: bw_barycentre(G, max_iter=10, tol=0.0), 0.0
+
+
 #: name -> (case, sizes, what is compared with)
 CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "sensitivity": (sensitivity, [4096, 8192, 16384, 32768], "full SVD"),
@@ -184,6 +193,7 @@ CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "gp_pde, series": (gp_series, [32, 64, 128, 256], "lstsq"),
     "singular_density": (singular_density, [1, 2, 4, 8], "one by one"),
     "lie_group": (lie_group, [256, 512, 1024], "SVD of the product"),
+    "spd_batchnorm": (spd_batchnorm, [96, 192, 384], "ten barycentre steps"),
     "kronecker_sbl": (kronecker_sbl, [10, 20, 30], "SBL without structure"),
 }
 

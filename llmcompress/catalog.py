@@ -109,6 +109,8 @@ _ENTRIES = (
           "regression", "sparse coder", summary="sparse Bayesian codes whose support is a Kronecker product"),
     Entry("lie_group", "backend", "llmcompress.backends.geometry.lie_group:LieGroup", "2310.11366", "geometry",
           "analysis", summary="the gauge in which low-rank factors are rounded to few bits at the least error"),
+    Entry("spd_batchnorm", "backend", "llmcompress.backends.geometry.spd_batchnorm:Bures", "2504.00660", "geometry",
+          "stream", summary="Bures-Wasserstein distances between the Grams of texts, and the mixture that a text is"),
     Entry("low_rank", "layer", "llmcompress.layers.low_rank:LowRankLinear"),
     Entry("quantized_low_rank", "layer", "llmcompress.layers.quantized_low_rank:QuantizedLowRankLinear"),
     Entry("block_dense", "layer", "llmcompress.layers.block:BlockDenseLinear"),
