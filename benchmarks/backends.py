@@ -27,6 +27,7 @@ from rich.table import Table
 from llmcompress.backends.analysis.dual_smoothing import DualSmoothedClassifier, SmoothedClassifier, even_odd
 from llmcompress.backends.analysis.gp_pde import GPHM, fit_series
 from llmcompress.backends.analysis.singular_density import DeepDensity, fit_together
+from llmcompress.backends.geometry.augmented_covariance import augmented_covariance
 from llmcompress.backends.geometry.lie_group import balanced_gauge
 from llmcompress.backends.geometry.spd_batchnorm import bures_mix_weights, bw_barycentre
 from llmcompress.backends.regression.block_coordinate import GramLeastSquares, solve_gram
@@ -177,6 +178,15 @@ def spd_batchnorm(d: int) -> Case:
     return fit, lambda: bw_barycentre(G, max_iter=10, tol=0.0), 0.0
 
 
+def augmented_covariances(order: int) -> Case:
+    X = randn(64, 6, 256)
+    return (
+        lambda: augmented_covariance(X, order, 2),
+        lambda: augmented_covariance(X, 1, 1),
+        2 * 64 * 256 * (6 * order) ** 2,
+    )
+
+
 #: name -> (case, sizes, what is compared with)
 CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "sensitivity": (sensitivity, [4096, 8192, 16384, 32768], "full SVD"),
@@ -194,6 +204,7 @@ CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "singular_density": (singular_density, [1, 2, 4, 8], "one by one"),
     "lie_group": (lie_group, [256, 512, 1024], "SVD of the product"),
     "spd_batchnorm": (spd_batchnorm, [96, 192, 384], "ten barycentre steps"),
+    "augmented_covariance": (augmented_covariances, [2, 4, 8, 16], "plain covariance"),
     "kronecker_sbl": (kronecker_sbl, [10, 20, 30], "SBL without structure"),
 }
 

@@ -111,6 +111,8 @@ _ENTRIES = (
           "analysis", summary="the gauge in which low-rank factors are rounded to few bits at the least error"),
     Entry("spd_batchnorm", "backend", "llmcompress.backends.geometry.spd_batchnorm:Bures", "2504.00660", "geometry",
           "stream", summary="Bures-Wasserstein distances between the Grams of texts, and the mixture that a text is"),
+    Entry("augmented_covariance", "backend", "llmcompress.backends.geometry.augmented_covariance:ACMDomains",
+          "2302.04508", "geometry", "analysis", summary="which text activations come from, and whether in order"),
     Entry("low_rank", "layer", "llmcompress.layers.low_rank:LowRankLinear"),
     Entry("quantized_low_rank", "layer", "llmcompress.layers.quantized_low_rank:QuantizedLowRankLinear"),
     Entry("block_dense", "layer", "llmcompress.layers.block:BlockDenseLinear"),
