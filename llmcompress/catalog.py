@@ -113,6 +113,8 @@ _ENTRIES = (
           "stream", summary="Bures-Wasserstein distances between the Grams of texts, and the mixture that a text is"),
     Entry("augmented_covariance", "backend", "llmcompress.backends.geometry.augmented_covariance:ACMDomains",
           "2302.04508", "geometry", "analysis", summary="which text activations come from, and whether in order"),
+    Entry("ponita", "backend", "llmcompress.backends.geometry.ponita:WeightClouds", "2310.02970", "geometry",
+          "analysis", summary="guesses each matrix's loss from its neurons as points; not useful"),
     Entry("low_rank", "layer", "llmcompress.layers.low_rank:LowRankLinear"),
     Entry("quantized_low_rank", "layer", "llmcompress.layers.quantized_low_rank:QuantizedLowRankLinear"),
     Entry("block_dense", "layer", "llmcompress.layers.block:BlockDenseLinear"),

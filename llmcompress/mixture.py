@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.calibration import text
+from llmcompress.calibration.modes import evaluation_mode
 from llmcompress.models.load import StreamedModel
 from llmcompress.progress import Progress
 from llmcompress.recipe import Calibration
@@ -64,7 +65,8 @@ def _fitted(
         f"domain {source}": text.pack(stream, max(1, FIT_TOKENS // length), length, source)
         for source, stream in domains.items()
     }
-    subject = gather_texts(model, tokens, (), seed, progress)
+    with evaluation_mode(model.model if isinstance(model, StreamedModel) else model):
+        subject = gather_texts(model, tokens, (), seed, progress)
     fits = []
     for site in subject.sites:
         few = subject.inputs[site.name][:wanted].double()

@@ -464,6 +464,19 @@ def test_quantised_factors_keep_the_budget_and_reload(folder, text, tmp_path):
     assert torch.equal(logits(again), logits(saved))
 
 
+def test_the_scales_train_and_the_codes_stay(text, tmp_path):
+    tokens = torch.randint(4, 120, (8, 16), generator=generator())
+    model = llmcompress.compress(
+        tiny_model(), tokens=tokens, ratio=0.6, lowrank={"bits": 4}, block_recovery={"steps": 4, "lr": 0.05}
+    )
+    layer = model.model.layers[1].mlp.up_proj
+    codes, scales = layer.A_codes.clone(), layer.A_scales.detach().clone()
+    training = llmcompress.finetune_model(model, tokens, loss="ce", steps=6, lr=1e-2, validation=0, batch=4)
+    assert training.steps == 6
+    assert torch.equal(layer.A_codes, codes)
+    assert not torch.equal(layer.A_scales, scales)
+
+
 def test_a_dead_product_keeps_its_own_gauge():
     _, B, note = FactorStorage().rotated(randn(8, 3), torch.zeros(3, 8, dtype=torch.float64))
     assert "left in the method's own gauge: gauge undefined" in note

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from llmcompress.backends.geometry.delay_embedding import (
 from llmcompress.backends.geometry.series_classifiers import ACMClassifier, AugmentedCovariance
 from llmcompress.backends.ports import Subject
 from llmcompress.backends.report import Report
+from llmcompress.backends.texts import TARGET, TextOptions
 from llmcompress.errors import InputError
 
 __all__ = ["ACMClassifier", "ACMDomains", "ACMOptions", "AugmentedCovariance", "MDOPResult", "augment",
@@ -36,11 +37,7 @@ FOLDS = 3
 SHRINKAGE = 0.02
 
 
-class ACMOptions(BaseModel, extra="forbid"):
-    domains: list[str] = Field(
-        default=[], description="further text sources beside the analysed one, as in calibration"
-    )
-    target: str | None = Field(default=None, description="text source whose likeness to each domain is asked for")
+class ACMOptions(TextOptions):
     window: int = Field(default=64, ge=8, description="tokens in a window")
     channels: int = Field(default=6, ge=1, description="principal axes of the site's input, fitted on training windows")
     orders: list[int] = Field(default=[2, 3], min_length=1, description="orders compared with the plain covariance")
@@ -57,8 +54,7 @@ class ACMDomains:
     @property
     def texts(self) -> dict[str, str]:
         """Further texts that the analysis is shown."""
-        options = self.options
-        return {source: source for source in options.domains} | ({"target": options.target} if options.target else {})
+        return self.options.texts
 
     def analyze(self, subject: Subject) -> Report:
         """Accuracies of tangent-space SVMs over held-out windows of each site's input, by order."""
@@ -72,7 +68,7 @@ class ACMDomains:
         for site in subject.sites:
             texts = {"analysed text": subject.inputs[site.name]}
             texts |= {name: other.inputs[site.name] for name, other in subject.others.items()}
-            target = texts.pop("target", None)
+            target = texts.pop(TARGET, None)
             windows = {name: windows_of(rows, options.window) for name, rows in texts.items()}
             generator = subject.generator()
             shuffled = torch.stack([part[torch.randperm(len(part), generator=generator, device=part.device)]

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 import scipy.optimize
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 from torch import Tensor
 
 from llmcompress.backends.geometry.spd import (
@@ -32,6 +32,7 @@ from llmcompress.backends.geometry.spd import (
 from llmcompress.backends.geometry.spd_layers import BiMap, GBWBatchNorm, LogEig, ReEig
 from llmcompress.backends.ports import Subject
 from llmcompress.backends.report import Report
+from llmcompress.backends.texts import TARGET, TextOptions
 from llmcompress.compressors.block_projection import relative_output_error
 from llmcompress.compressors.svd_llm import svd_llm_factorize
 from llmcompress.errors import InputError
@@ -43,11 +44,7 @@ __all__ = ["BiMap", "Bures", "BuresOptions", "GBWBatchNorm", "LogEig", "ReEig", 
 RANGE = 1e-10  # eigenvalues of a target below this share of its largest count as zero
 
 
-class BuresOptions(BaseModel, extra="forbid"):
-    domains: list[str] = Field(
-        default=[], description="further text sources beside the analysed one, as in calibration"
-    )
-    target: str | None = Field(default=None, description="text source whose mixture of the domains is sought")
+class BuresOptions(TextOptions):
     tokens: int = Field(default=400, ge=2, description="tokens of the target that the mixture is fitted to")
     rank: int = Field(default=192, ge=1, description="rank whose output error under wrong domains is measured")
 
@@ -111,7 +108,10 @@ def drift_report(grams: dict[str, Tensor]) -> dict[str, dict[str, float]]:
 
 def gram_of(rows: Tensor) -> Tensor:
     """Mean of x xᵀ (d, d) of rows (n, d), float64, with a millionth of its mean diagonal added: definite at any n."""
-    G = rows.double().T @ rows.double() / len(rows)
+    return _damped(rows.double().T @ rows.double() / len(rows))
+
+
+def _damped(G: Tensor) -> Tensor:
     return G + 1e-6 * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)
 
 
@@ -129,8 +129,7 @@ class Bures:
     @property
     def texts(self) -> dict[str, str]:
         """Further texts that the analysis is shown."""
-        options = self.options
-        return {source: source for source in options.domains} | ({"target": options.target} if options.target else {})
+        return self.options.texts
 
     def start(self, rows: int, d: int, generator: torch.Generator) -> None:
         self._half, self._seen = rows // 2, 0
@@ -147,11 +146,10 @@ class Bures:
             return ["Bures drift: too few rows"]
         counts = (min(self._half, self._seen), self._seen - min(self._half, self._seen))
         halves = [G / max(1, n) for G, n in zip(self._grams, counts, strict=True)]
-        eye = torch.eye(len(halves[0])).to(halves[0])
         if not all(G.any() for G in halves):
             return ["Bures drift: a half of the rows is zero"]
-        damped = [G + 1e-6 * G.diagonal().mean() * eye for G in halves]
-        return [f"Bures drift between halves of the rows: {normalised_distance(damped[0], damped[1]):.3f}"]
+        distance = normalised_distance(*(_damped(G) for G in halves))
+        return [f"Bures drift between halves of the rows: {distance:.3f}"]
 
     def analyze(self, subject: Subject) -> Report:
         """Distances between domains, what calibrating on the wrong one costs, and the target's mixture."""
@@ -164,10 +162,10 @@ class Bures:
             "Grams of texts: Bures-Wasserstein distance over (tr tr)^(1/4); output error when calibrated on another",
             ["site", "domain", "other", "distance", "error, times own"],
         )
-        target = subject.others.get("target")
+        target = subject.others.get(TARGET)
         for site in subject.sites:
             rows = {"analysed text": subject.inputs[site.name]}
-            rows |= {name: other.inputs[site.name] for name, other in subject.others.items() if name != "target"}
+            rows |= {name: other.inputs[site.name] for name, other in subject.others.items() if name != TARGET}
             grams = {name: gram_of(part) for name, part in rows.items()}
             self._distances(report, site.name, rows, grams, subject.weights[site.name].double())
             if target is not None:
@@ -180,19 +178,16 @@ class Bures:
     ) -> None:
         rank = min(self.options.rank, *weight.shape)
         fits = {name: svd_llm_factorize(weight, G, rank).to_dense() for name, G in grams.items()}
-        own, other = [], []
+        costs = []
         for name, part in rows.items():
             halves = [gram_of(half) for half in part.chunk(2)]
             report.add(site, name, f"{name}, other half", normalised_distance(*halves), None)
-            own.append(report.rows[-1][3])
         for a, b in itertools.permutations(grams, 2):
-            cost = relative_output_error(weight, fits[b], grams[a]) / max(
-                relative_output_error(weight, fits[a], grams[a]), 1e-12
-            )
-            report.add(site, a, b, normalised_distance(grams[a], grams[b]), cost)
-            other.append(cost)
+            wrong, right = (relative_output_error(weight, fits[name], grams[a]) for name in (b, a))
+            costs.append(wrong / max(right, 1e-12))
+            report.add(site, a, b, normalised_distance(grams[a], grams[b]), costs[-1])
         report.findings.append(
-            f"{site}: calibrating on another domain costs {min(other):.2f} to {max(other):.2f} times"
+            f"{site}: calibrating on another domain costs {min(costs):.2f} to {max(costs):.2f} times"
         )
 
     def _mixture(self, report: Report, site: str, grams: dict[str, Tensor], target: Tensor, weight: Tensor) -> None:
