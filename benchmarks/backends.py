@@ -29,6 +29,7 @@ from llmcompress.backends.analysis.gp_pde import GPHM, fit_series
 from llmcompress.backends.analysis.singular_density import DeepDensity, fit_together
 from llmcompress.backends.geometry.augmented_covariance import augmented_covariance
 from llmcompress.backends.geometry.lie_group import balanced_gauge
+from llmcompress.backends.geometry.ponita import SeparableGroupConv
 from llmcompress.backends.geometry.spd_batchnorm import bures_mix_weights, bw_barycentre
 from llmcompress.backends.regression.block_coordinate import GramLeastSquares, solve_gram
 from llmcompress.backends.regression.conjugate_direction import cg, dcdm, fit_gram_direction
@@ -187,6 +188,18 @@ def augmented_covariances(order: int) -> Case:
     )
 
 
+def ponita(n: int) -> Case:
+    convolution, x = SeparableGroupConv(16, 16).double().eval(), randn(n, 20, 16)
+    edges = torch.stack((torch.arange(8 * n) % n, torch.arange(8 * n) // 8))
+    spatial, fibre = randn(8 * n, 20, 16), randn(20, 20, 16)
+
+    def full() -> torch.Tensor:
+        kernel = convolution.spatial(spatial)[:, :, None] * convolution.fibre(fibre) / 20
+        return torch.zeros_like(x).index_add_(0, edges[1], (kernel * x[edges[0]][:, :, None]).sum(1))
+
+    return torch.no_grad()(lambda: convolution(x, edges, spatial, fibre)), torch.no_grad()(full), 0.0
+
+
 #: name -> (case, sizes, what is compared with)
 CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "sensitivity": (sensitivity, [4096, 8192, 16384, 32768], "full SVD"),
@@ -205,6 +218,7 @@ CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "lie_group": (lie_group, [256, 512, 1024], "SVD of the product"),
     "spd_batchnorm": (spd_batchnorm, [96, 192, 384], "ten barycentre steps"),
     "augmented_covariance": (augmented_covariances, [2, 4, 8, 16], "plain covariance"),
+    "ponita": (ponita, [64, 128, 256, 512], "full kernel"),
     "kronecker_sbl": (kronecker_sbl, [10, 20, 30], "SBL without structure"),
 }
 

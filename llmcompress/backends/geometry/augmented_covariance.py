@@ -8,7 +8,8 @@ that the basis of the channels does not matter.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ class _Windows:
         self.mean = rows.mean(0)
         _, vectors = torch.linalg.eigh(torch.cov(rows.T))
         self.basis = vectors[:, -min(channels, rows.shape[1]) :]
-        one = {"C": (1.0,), "kernel": ("linear",)}
+        one: dict[str, Sequence[Any]] = {"C": (1.0,), "kernel": ("linear",)}
         self.model = ACMClassifier(order, 1, param_grid=one, shrinkage=SHRINKAGE, random_state=seed)
         self.model.fit(self._series(X), y)
 

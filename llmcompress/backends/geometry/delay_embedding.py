@@ -151,21 +151,21 @@ def mdop(
     information if absent. InputError for series that are not (T, d), finite, without constant channels and longer
     than twice the largest delay.
     """
-    x = np.asarray(x, dtype=float)
-    if x.ndim != 2 or not np.isfinite(x).all():
-        raise InputError(f"x must be a finite series (T, d); got shape {x.shape}")
-    delays = np.asarray(taus if taus is not None else range(min(50, len(x) // 4) + 1))
-    if len(x) <= 2 * delays.max():
-        raise InputError(f"window too short: T={len(x)}, largest delay {delays.max()}")
-    if (np.ptp(x, axis=0) == 0).any():
-        raise InputError(f"constant channel {int((np.ptp(x, axis=0) == 0).argmax())}")
-    x = (x - x.mean(0)) / x.std(0)
-    last = len(x) - int(delays.max())
+    series = np.asarray(x, dtype=float)
+    if series.ndim != 2 or not np.isfinite(series).all():
+        raise InputError(f"x must be a finite series (T, d); got shape {series.shape}")
+    delays = np.asarray(taus if taus is not None else range(min(50, len(series) // 4) + 1))
+    if len(series) <= 2 * delays.max():
+        raise InputError(f"window too short: T={len(series)}, largest delay {delays.max()}")
+    if (np.ptp(series, axis=0) == 0).any():
+        raise InputError(f"constant channel {int((np.ptp(series, axis=0) == 0).argmax())}")
+    series = (series - series.mean(0)) / series.std(0)
+    last = len(series) - int(delays.max())
     if theiler is None:
-        most = min(50, len(x) // 4)
-        theiler = max(first_minimum(mutual_information(channel, most)) for channel in x.T)
+        most = min(50, len(series) // 4)
+        theiler = max(first_minimum(mutual_information(channel, most)) for channel in series.T)
     theiler = min(theiler, (last - 2) // 2)
-    delayed = np.stack([x[tau : tau + last] for tau in delays])  # (taus, last, d)
+    delayed = np.stack([series[tau : tau + last] for tau in delays])  # (taus, last, d)
 
     def best(Y: np.ndarray) -> tuple[float, int, int, np.ndarray, np.ndarray]:
         near, distance = _neighbours(Y, last, theiler)
@@ -176,9 +176,9 @@ def mdop(
         tau, channel = np.unravel_index(int(beta.argmax()), beta.shape)
         return float(beta[tau, channel]), int(tau), int(channel), distance, gaps[tau, :, channel]
 
-    starts = [best(x[:last, [channel]]) for channel in range(x.shape[1])]
+    starts = [best(series[:last, [channel]]) for channel in range(series.shape[1])]
     start = max(range(len(starts)), key=lambda channel: starts[channel][0])
-    found, Y = MDOPResult([0], [start], []), x[:last, [start]]
+    found, Y = MDOPResult([0], [start], []), series[:last, [start]]
     step = starts[start]
     for _ in range(max_cycles):
         _, tau, channel, distance, gap = step

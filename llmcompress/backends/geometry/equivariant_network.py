@@ -70,7 +70,7 @@ class SeparableGroupConv(nn.Module):
         return (y if fibre is None else self._mix(y, fibre)) + self.bias
 
     def _gather(self, x: Tensor, edges: Tensor, spatial: Tensor) -> Tensor:
-        return torch.zeros_like(x).index_add_(0, edges[1], self.spatial(spatial) * x[edges[0]])
+        return torch.zeros_like(x).index_add_(0, edges[1], self.spatial(spatial) * x.index_select(0, edges[0]))
 
     def _mix(self, y: Tensor, fibre: Tensor) -> Tensor:
         return torch.einsum("opc,noc->npc", self.fibre(fibre), y) / y.shape[1]

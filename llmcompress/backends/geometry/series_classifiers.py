@@ -38,7 +38,7 @@ GRID: dict[str, Sequence[Any]] = {
 }  # fmt: skip
 
 
-class AugmentedCovariance(BaseEstimator, TransformerMixin):  # type: ignore[misc]
+class AugmentedCovariance(BaseEstimator, TransformerMixin):
     """Series (N, d, T) -> augmented covariances (N, m, m), numpy float64, as a scikit-learn transformer."""
 
     def __init__(self, order: int = 1, lag: int = 1, shrinkage: float = 0.0) -> None:
@@ -54,7 +54,7 @@ class AugmentedCovariance(BaseEstimator, TransformerMixin):  # type: ignore[misc
         return augmented_covariance(X, self.order, self.lag, self.shrinkage).cpu().numpy()
 
 
-class TangentPlane(BaseEstimator, TransformerMixin):  # type: ignore[misc]
+class TangentPlane(BaseEstimator, TransformerMixin):
     """Covariances (N, m, m) -> tangent vectors (N, m (m + 1) / 2) at the affine-invariant mean of those fitted."""
 
     def fit(self, X: np.ndarray, y: Any = None) -> TangentPlane:
@@ -66,7 +66,7 @@ class TangentPlane(BaseEstimator, TransformerMixin):  # type: ignore[misc]
         return found
 
 
-class ACMClassifier(BaseEstimator, ClassifierMixin):  # type: ignore[misc]
+class ACMClassifier(BaseEstimator, ClassifierMixin):
     """Classes of series (N, d, T) by augmented covariances: an SVM in the tangent space at the training mean, or the
     nearest class mean (affine-invariant metric both).
 
