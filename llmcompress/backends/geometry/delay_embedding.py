@@ -197,11 +197,15 @@ def mdop(
     return found
 
 
-def mdop_order_lag(results: Sequence[MDOPResult]) -> tuple[int, int]:
-    """Means over trials of the number of delays and of their mean, rounded, at least 1."""
+def mdop_order_lag(results: Sequence[MDOPResult], length: int) -> tuple[int, int]:
+    """Means over series of the number of delays and of their mean, rounded, at least 1; cut to half of the length."""
     order = round(float(np.mean([len(result.delays) for result in results])))
     lag = round(float(np.mean([round(float(np.mean(result.delays))) for result in results])))
-    return max(1, order), max(1, lag)
+    return _within(order, max(1, lag), length)
+
+
+def _within(order: int, lag: int, length: int) -> tuple[int, int]:
+    return max(1, min(order, length // (2 * lag))), lag
 
 
 def select_order_lag(X: Tensor, method: Selection, taus: Sequence[int] | None = None) -> tuple[int, int]:
@@ -211,15 +215,13 @@ def select_order_lag(X: Tensor, method: Selection, taus: Sequence[int] | None = 
     choose("method", method, ("mdop", "afnn"))
     series = checked_series(X, 1, 1).detach().cpu().double().numpy()
     if method == "mdop":
-        order, lag = mdop_order_lag([mdop(one.T, taus) for one in series])
-    else:
-        most = min(AFNN_MOST, series.shape[2] // 4)
-        channels = series.reshape(-1, series.shape[2])
-        lag = max(1, first_minimum(np.mean([mutual_information(s, most) for s in channels], axis=0)[1:]) + 1)
-        orders = min(AFNN_MOST, series.shape[2] // (2 * lag))
-        E1 = np.mean([cao(s, lag, orders) for s in channels], axis=0)
-        order = first_minimum(-E1) + 1
-    return min(order, max(1, series.shape[2] // (2 * lag))), lag
+        return mdop_order_lag([mdop(one.T, taus) for one in series], series.shape[2])
+    most = min(AFNN_MOST, series.shape[2] // 4)
+    channels = series.reshape(-1, series.shape[2])
+    lag = max(1, first_minimum(np.mean([mutual_information(s, most) for s in channels], axis=0)[1:]) + 1)
+    orders = min(AFNN_MOST, series.shape[2] // (2 * lag))
+    E1 = np.mean([cao(s, lag, orders) for s in channels], axis=0)
+    return _within(first_minimum(-E1) + 1, lag, series.shape[2])
 
 
 def cao(s: np.ndarray, lag: int, orders: int) -> np.ndarray:

@@ -120,8 +120,8 @@ class ACMClassifier(BaseEstimator, ClassifierMixin):
             if given != "grid":
                 grid[name] = (given,)
         if "grid" in (self.order, self.lag) and self.selection != "grid":
-            order, lag = self._selected(series)
-            grid |= {"order": (order,), "lag": (lag,)}
+            found = dict(zip(("order", "lag"), self._selected(series), strict=True))
+            grid |= {name: (value,) for name, value in found.items() if getattr(self, name) == "grid"}
         self.order_, self.lag_, self.C_, self.kernel_ = self._search(series, y, grid)
 
     def _selected(self, series: Tensor) -> tuple[int, int]:
@@ -134,8 +134,7 @@ class ACMClassifier(BaseEstimator, ClassifierMixin):
         if self.selection == "mdop_nonuniform":
             results.sort(key=lambda result: len(result.delays))
             self._stack = results[len(results) // 2]
-        order, lag = mdop_order_lag(results)
-        return min(order, max(1, series.shape[2] // (2 * lag))), lag
+        return mdop_order_lag(results, series.shape[2])
 
     def _search(self, series: Tensor, y: np.ndarray, grid: dict[str, Sequence[Any]]) -> tuple[int, int, float, str]:
         """The first best of the grid by mean accuracy over folds; each tangent space is made once for all its SVMs."""
