@@ -44,7 +44,7 @@ LEAST_INCREASE = 1e-5  # of the loss, below which it counts as this
 
 class WeightCloudsOptions(BaseModel, extra="forbid"):
     matrices: int = Field(default=105, ge=20, description="matrices looked at, evenly spread over the model")
-    neurons: int = Field(default=64, ge=16, description="output neurons of each, drawn at random")
+    neurons: int = Field(default=32, ge=16, description="output neurons of each, drawn at random")
     rank_share: float = Field(default=0.25, gt=0, lt=1, description="share of the rank that is kept in turn")
     tokens: int = Field(default=256, ge=2, description="tokens that the loss is measured on")
     hidden: int = Field(default=16, ge=1, description="width of the networks")
