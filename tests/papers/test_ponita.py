@@ -360,7 +360,7 @@ def test_five_charges():
     data, held_out = charges(1000, 0), charges(500, 1)
     torch.manual_seed(0)
     errors = {
-        "PONITA": train(Charges(12), data, held_out, 24, 5e-3),
+        "PONITA": train(Charges(12), data, held_out, 12, 5e-3),
         "PNITA": train(Charges(0), data, held_out, 24, 5e-3),
         "MLP": train(Plain(), data, held_out, 24, 5e-3),
         "constant velocity": float((held_out[1] + held_out[2] - held_out[3]).square().mean()),
