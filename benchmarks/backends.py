@@ -27,6 +27,10 @@ from rich.table import Table
 from llmcompress.backends.analysis.dual_smoothing import DualSmoothedClassifier, SmoothedClassifier, even_odd
 from llmcompress.backends.analysis.gp_pde import GPHM, fit_series
 from llmcompress.backends.analysis.singular_density import DeepDensity, fit_together
+from llmcompress.backends.geometry.augmented_covariance import augmented_covariance
+from llmcompress.backends.geometry.lie_group import balanced_gauge
+from llmcompress.backends.geometry.ponita import SeparableGroupConv
+from llmcompress.backends.geometry.spd_batchnorm import bures_mix_weights, bw_barycentre
 from llmcompress.backends.regression.block_coordinate import GramLeastSquares, solve_gram
 from llmcompress.backends.regression.conjugate_direction import cg, dcdm, fit_gram_direction
 from llmcompress.backends.regression.kronecker_sbl import KroneckerSBL, classic_sbl, kron_matvec
@@ -160,6 +164,42 @@ def singular_density(count: int) -> Case:
     return together, lambda: [model.fit(x, 0.1, steps=20) for model in models], 0.0
 
 
+def lie_group(d: int) -> Case:
+    A, B = randn(d, 128), randn(128, d)
+    product = A @ B
+    gauge = lambda: balanced_gauge(A, B)  # noqa: E731
+    return gauge, lambda: torch.linalg.svd(product, full_matrices=False), 2 * 2 * d * 128**2 * 3
+
+
+def spd_batchnorm(d: int) -> Case:
+    rows = randn(4, 4 * d, d)
+    G, few = rows[:3].mT @ rows[:3] / (4 * d), rows[3, : d // 2]
+    T = few.T @ few / len(few)
+    fit = lambda: bures_mix_weights(G, T)  # noqa: E731
+    return fit, lambda: bw_barycentre(G, max_iter=10, tol=0.0), 0.0
+
+
+def augmented_covariances(order: int) -> Case:
+    X = randn(64, 6, 256)
+    return (
+        lambda: augmented_covariance(X, order, 2),
+        lambda: augmented_covariance(X, 1, 1),
+        2 * 64 * 256 * (6 * order) ** 2,
+    )
+
+
+def ponita(n: int) -> Case:
+    convolution, x = SeparableGroupConv(16, 16).double().eval(), randn(n, 20, 16)
+    edges = torch.stack((torch.arange(8 * n) % n, torch.arange(8 * n) // 8))
+    spatial, fibre = randn(8 * n, 20, 16), randn(20, 20, 16)
+
+    def full() -> torch.Tensor:
+        kernel = convolution.spatial(spatial)[:, :, None] * convolution.fibre(fibre) / 20
+        return torch.zeros_like(x).index_add_(0, edges[1], (kernel * x[edges[0]][:, :, None]).sum(1))
+
+    return torch.no_grad()(lambda: convolution(x, edges, spatial, fibre)), torch.no_grad()(full), 0.0
+
+
 #: name -> (case, sizes, what is compared with)
 CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "sensitivity": (sensitivity, [4096, 8192, 16384, 32768], "full SVD"),
@@ -175,6 +215,10 @@ CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "gp_pde": (gp_pde, [12, 24, 48], "Cholesky without structure"),
     "gp_pde, series": (gp_series, [32, 64, 128, 256], "lstsq"),
     "singular_density": (singular_density, [1, 2, 4, 8], "one by one"),
+    "lie_group": (lie_group, [256, 512, 1024], "SVD of the product"),
+    "spd_batchnorm": (spd_batchnorm, [96, 192, 384], "ten barycentre steps"),
+    "augmented_covariance": (augmented_covariances, [2, 4, 8, 16], "plain covariance"),
+    "ponita": (ponita, [64, 128, 256, 512], "full kernel"),
     "kronecker_sbl": (kronecker_sbl, [10, 20, 30], "SBL without structure"),
 }
 

@@ -1,9 +1,9 @@
 """Smaller, faster language models by factorising their weights.
 
-`import llmcompress` lets transformers' `from_pretrained` load compressed checkpoints. `apply` runs a recipe, `compress`
-and `finetune_model` work on a model in memory, `finetune_checkpoint` trains a compressed checkpoint, `merge_models`
-averages checkpoints whose symmetries are aligned first. `structured_ffn` makes a model to train from scratch,
-`premerge` chooses how a loaded one multiplies few rows.
+`import llmcompress` lets transformers' `from_pretrained` load compressed checkpoints. `apply` runs a recipe,
+`compress` and `finetune_model` work on a model in memory, `finetune_checkpoint` trains a compressed checkpoint,
+`merge_models` averages checkpoints whose symmetries are aligned first. `structured_ffn` makes a model to train
+from scratch, `premerge` chooses how a loaded one multiplies few rows.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -26,6 +27,8 @@ from llmcompress.pipeline import choose_device
 from llmcompress.plan import select_sites
 from llmcompress.progress import Progress, Silent
 from llmcompress.types import Site
+
+Key = TypeVar("Key", str, int)
 
 #: where in the model's depth the default sites lie
 DEPTHS = (0.05, 0.5, 0.85)
@@ -79,18 +82,47 @@ def analyze_model(
     analysis = build_analysis(backend, options or {})
     location = locate(model)
     tokenizer = load_tokenizer(location)
-    documents = text.read_documents(data, "calibration", field)
-    tokens = text.pack(text.tokenize(tokenizer, documents), samples, length, data)
+    texts = {"": data} | getattr(analysis, "texts", {})
+    tokens = {
+        label: text.pack(
+            text.tokenize(tokenizer, text.read_documents(source, "calibration", field)), samples, length, source
+        )
+        for label, source in texts.items()
+    }
     whole = location.gguf is not None or getattr(analysis, "trains", False)
     with tempfile.TemporaryDirectory() as scratch:
         chosen = choose_device(device)
         opened: PreTrainedModel | StreamedModel = (
             load_model(location).to(chosen) if whole else StreamedModel(location, Path(scratch), device=chosen)
         )
-        subject = gather(opened, tokens, sites, seed, progress or Silent())
+        subject = gather_texts(opened, tokens, sites, seed, progress)
         if isinstance(opened, PreTrainedModel):
-            subject.model, subject.tokens, subject.tokenizer = opened, tokens.to(chosen), tokenizer
+            subject.model, subject.tokens, subject.tokenizer = opened, tokens[""].to(chosen), tokenizer
     return analysis.analyze(subject)
+
+
+def gather_texts(
+    model: PreTrainedModel | StreamedModel,
+    tokens: dict[str, Tensor],
+    targets: Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Subject:
+    """`gather` of several texts (sequences, length) of one length in one pass: the first one's, the others within."""
+    whole = gather(model, torch.cat(list(tokens.values())), targets, seed, progress)
+    sizes = [part.numel() for part in tokens.values()]
+    parts = zip(tokens, _by_text(whole.inputs, sizes), _by_text(whole.residual, sizes), strict=True)
+    subjects = {
+        label: dataclasses.replace(whole, inputs=inputs, residual=residual, others={})
+        for label, inputs, residual in parts
+    }
+    first = subjects.pop(next(iter(tokens)))
+    return dataclasses.replace(first, others=subjects)
+
+
+def _by_text(rows: dict[Key, Tensor], sizes: list[int]) -> list[dict[Key, Tensor]]:
+    parts = {key: value.split(sizes) for key, value in rows.items()}
+    return [{key: split[index] for key, split in parts.items()} for index in range(len(sizes))]
 
 
 def gather(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from llmcompress.engine import Engine, Settings
 from llmcompress.errors import InputError
 from llmcompress.finetune.block_recovery import check_plan
 from llmcompress.finetune.train import Training, train
+from llmcompress.mixture import calibration_tokens
 from llmcompress.models.runner import Runner
 from llmcompress.models.structure import analyse
 from llmcompress.plan import make_plan
@@ -26,6 +27,8 @@ from llmcompress.progress import Progress
 from llmcompress.recipe import Finetune, Recipe, parse_section
 from llmcompress.results import load_layers
 from llmcompress.workspace import MemoryStore
+
+log = logging.getLogger("llmcompress")
 
 
 def compress(
@@ -125,7 +128,7 @@ def _tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, r
     if section.dataset == "self":
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return text.generate_text(lambda: model, start, section.samples, section.length, recipe.seed)
-    documents = text.read_documents(section.dataset, "calibration", section.field)
-    stream = text.tokenize(tokenizer, documents)
-    found: torch.Tensor = text.pack(stream, section.samples, section.length, section.dataset)
-    return found
+    tokens, note = calibration_tokens(section, model, tokenizer, recipe.seed)
+    if note:
+        log.info("%s", note)
+    return tokens

@@ -34,6 +34,7 @@ from llmcompress.errors import InputError
 from llmcompress.finetune.block_recovery import check_plan
 from llmcompress.finetune.data import check_teacher, check_tokens, read_tokens, teacher_config
 from llmcompress.finetune.stage import current_results, read_report, train_checkpoint
+from llmcompress.mixture import calibration_tokens
 from llmcompress.models.files import file_digest
 from llmcompress.models.load import (
     DTYPES,
@@ -107,7 +108,7 @@ class Pipeline:
     def _fingerprint(self) -> str:
         """Identifies all that the compressed weights depend on, so that old work of another run is never mixed in."""
         recipe = self.recipe.model_dump(mode="json", exclude={"output", "eval", "analysis", "model", "max_shard_size"})
-        sources = [Path(self.recipe.calibration.dataset).expanduser()]
+        sources = [Path(source).expanduser() for source in self.recipe.calibration.sources]
         models = [fingerprint(self.location)]
         if (section := self.recipe.finetune) is not None:
             sources += [Path(section.dataset).expanduser()] if section.dataset else []
@@ -248,10 +249,9 @@ class Pipeline:
                 lambda: load_model(source.location, source.model.dtype).to(self.device),
                 start, calibration.samples, calibration.length, self.recipe.seed,
             )  # fmt: skip
-        documents = text.read_documents(calibration.dataset, "calibration", calibration.field)
-        tokens = text.pack(
-            text.tokenize(tokenizer, documents), calibration.samples, calibration.length, calibration.dataset
-        )
+        tokens, note = calibration_tokens(calibration, source, tokenizer, self.recipe.seed, self.progress)
+        if note:
+            log.info("%s", note)
         check_vocabulary(source, tokens)
         if len(tokens) < calibration.samples:
             log.warning("%s: text for %d of %d sequences only", calibration.dataset, len(tokens), calibration.samples)

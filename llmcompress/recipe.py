@@ -56,6 +56,17 @@ class Optimizer(Choice):
     """An optimiser by name with its options."""
 
 
+class Mix(Section):
+    """Several texts in the proportions that make their inputs look like those of a target text."""
+
+    method: Literal["bures"] = Field(
+        "bures", description="bures: the mixture of Grams nearest to the target's in Bures-Wasserstein distance"
+    )
+    domains: list[str] = Field(min_length=1, description="further text sources, mixed with the calibration's dataset")
+    target: str = Field(description="text source whose inputs the mixture is to match")
+    tokens: int = Field(400, ge=2, description="tokens of the target that are looked at")
+
+
 class Calibration(Section):
     dataset: str = Field(
         "wikitext2",
@@ -71,12 +82,24 @@ class Calibration(Section):
     targets: Literal["labels", "sampled"] = Field(
         "labels", description="what gradient statistics predict: the text's own tokens, or tokens the model draws"
     )
+    mix: Mix | None = Field(None, description="calibrate on several texts, in proportions fitted to a target")
     sampler: Backend | None = Field(
         None, description="backend that chooses and weights the rows of each input that its Gram sums; all if absent"
     )
     stream: Backend | None = Field(
         None, description="backend that summarises each input's rows in one pass; its findings are logged"
     )
+
+    @model_validator(mode="after")
+    def _has_text_to_mix(self) -> Self:
+        if self.mix is not None and self.dataset == "self":
+            raise ValueError("mix: mixes texts, and dataset self has none; name a text source")
+        return self
+
+    @property
+    def sources(self) -> list[str]:
+        """All texts that calibration reads."""
+        return [self.dataset, *([*self.mix.domains, self.mix.target] if self.mix else [])]
 
     def build_sampler(self) -> Any:
         return self.sampler.build("sampler") if self.sampler else None

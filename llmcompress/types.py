@@ -134,7 +134,8 @@ class Compressed:
 
     layers: one a site, in the order of the problem's sites; None leaves that site dense.
     notes: remedies and findings, one line each, that the pipeline logs once and the report shows.
-    error: relative error of the unit's outputs on the calibration data, sqrt(sum ||X(W-W~)||² / sum ||XW||²), if known.
+    error: relative error of the unit's outputs on the calibration data, sqrt(sum ||X(W-W~)||² / sum ||XW||²), if
+    known.
     """
 
     layers: list[StructuredLinear | None]

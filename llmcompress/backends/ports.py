@@ -62,7 +62,8 @@ class Subject:
 
     inputs[site] (n, d_in) and weights[site] (d_out, d_in) float32; residual[block] (n, d_model) float32, the hidden
     states that leave a block. The rows are the same tokens everywhere, in the order of the text. model, tokens,
-    tokenizer: only for an analysis that trains.
+    tokenizer: only for an analysis that trains. others: what the same sites see on the further texts that an analysis
+    names in `texts`.
     """
 
     sites: list[Site]
@@ -73,6 +74,7 @@ class Subject:
     model: PreTrainedModel | None = None
     tokens: Tensor | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    others: dict[str, Subject] = field(default_factory=dict)
 
     def trainable(self) -> tuple[PreTrainedModel, Tensor]:
         """The whole model in memory, and the tokens (sequences, length); for backends that set `trains`."""

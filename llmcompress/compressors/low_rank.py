@@ -7,21 +7,24 @@ decomposition in a space of its own; what a method adds is that space.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import scipy.linalg
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
+from llmcompress.compressors.factor_storage import FactorStorage, quantized_costs, quantized_errors, quantized_layer
 from llmcompress.compressors.whitening import checked_weight
 from llmcompress.errors import InputError, RunError
+from llmcompress.layers.base import StructuredLinear
 from llmcompress.layers.low_rank import LowRankLinear
 from llmcompress.types import Budget, Compressed, Problem, Profile, Site, Statistics
 
@@ -36,6 +39,20 @@ class LowRankOptions(PivotOptions):
     share: Literal["none", "input"] = Field(
         default="none", description="input: one basis A for all sites that read the same tensor, factorised jointly"
     )
+    lowrank: FactorStorage | None = Field(
+        default=None, description="store two plain factors, in a gauge and at a width of their own, no pivot form"
+    )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.lowrank is None:
+            return self
+        if self.pivot and "pivot" in self.model_fields_set:
+            raise ValueError("lowrank: stores two plain factors, and pivot: true the pivot form; leave one out")
+        if self.lowrank.bits is not None and self.share != "none":
+            raise ValueError("lowrank.bits: quantised factors belong to one site each; it needs share: none")
+        self.pivot = False
+        return self
 
 
 # --- factors ---------------------------------------------------------------------------------------------------------
@@ -284,7 +301,13 @@ class LowRankCompressor(ABC):
             groups.setdefault(site.input, []).append(site)
         return list(groups.values())
 
+    @property
+    def storage(self) -> FactorStorage | None:
+        return getattr(self.options, "lowrank", None)
+
     def costs(self, sites: Sequence[Site]) -> Tensor:
+        if self.storage is not None and self.storage.bits is not None:
+            return quantized_costs(sites[0].d_in, sites[0].d_out, self.storage.bits)
         return rank_costs(sites[0].d_in, [site.d_out for site in sites], self.options.pivot)
 
     def profile(self, problem: Problem) -> Profile:
@@ -311,11 +334,30 @@ class LowRankCompressor(ABC):
             space = self.space(weight, statistics, problem.name)
             factors = space.factors(rank)
             refined = self.refine(factors, weight, statistics, problem.name)
-            layers = build_layers(problem, pivot(refined) if self.options.pivot else refined)
+            layers, notes, error = self._layers(problem, refined)
         one_input = len({site.input for site in problem.sites}) == 1
-        known = space.measures_output and one_input and refined is factors
-        notes = [f"{problem.name}: {refined.repair}"] if refined.repair else []
-        return Compressed(list(layers), notes, _relative_tail(factors.singular_values, rank) if known else None)
+        if not (space.measures_output and one_input):
+            error = None
+        elif error is None and refined is factors:
+            error = _relative_tail(factors.singular_values, rank)
+        found = [refined.repair, *notes] if refined.repair else notes
+        return Compressed(layers, [f"{problem.name}: {note}" for note in found], error)
+
+    def _layers(
+        self, problem: Problem, factors: LowRankFactors
+    ) -> tuple[list[StructuredLinear | None], list[str], float | None]:
+        """The layers in the form that the options choose, notes, and the error where storage has changed it."""
+        storage = self.storage
+        if storage is None:
+            return [*build_layers(problem, pivot(factors) if self.options.pivot else factors)], [], None
+        A, B, note = storage.rotated(factors.A, factors.B)
+        notes = [note] if note else []
+        if storage.bits is None:
+            return [*build_layers(problem, dataclasses.replace(factors, A=A, B=B))], notes, None
+        layer = quantized_layer(problem, A, B, storage.bits)
+        before, after = quantized_errors(problem, A, B, layer)
+        notes.append(f"{storage.bits}-bit factors: relative error {after:.4f}, {before:.4f} at full width")
+        return [layer], notes, after
 
 
 def stacked_weight(problem: Problem) -> Tensor:

@@ -268,5 +268,6 @@ def test_the_schema_takes_short_forms():
 def test_the_schema_refers_only_to_what_it_defines():
     schema = recipe_schema()
     references = re.findall(r"'\$ref': '#/\$defs/(\w+)'", str(schema))
-    sections = {"Analysis", "Calibration", "Compress", "Evaluation", "Finetune", "SelfGuided", "BlockRecovery"}
+    sections = {"Analysis", "Calibration", "Compress", "Evaluation", "Finetune", "SelfGuided", "BlockRecovery",
+                "FactorStorage"}  # fmt: skip
     assert set(references) == sections | {"Backend", "Optimizer"} <= set(schema["$defs"])

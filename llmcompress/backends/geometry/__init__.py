@@ -1,0 +1,1 @@
+"""Matrix manifolds, groups, and networks that respect them."""
