@@ -58,7 +58,7 @@ def test_every_key_of_a_file_arrives(tmp_path):
     assert (recipe.model, recipe.dtype, recipe.device, recipe.seed) == ("folder", "bfloat16", "cpu", 7)
     assert recipe.calibration.model_dump() == {
         "dataset": "a.jsonl", "field": "body", "samples": 3, "length": 5, "batch_tokens": 11, "backward_samples": 2,
-        "sampler": None, "stream": None,
+        "mix": None, "sampler": None, "stream": None,
         "targets": "sampled",
     }  # fmt: skip
     first, second = recipe.compress
@@ -269,5 +269,5 @@ def test_the_schema_refers_only_to_what_it_defines():
     schema = recipe_schema()
     references = re.findall(r"'\$ref': '#/\$defs/(\w+)'", str(schema))
     sections = {"Analysis", "Calibration", "Compress", "Evaluation", "Finetune", "SelfGuided", "BlockRecovery",
-                "FactorStorage"}  # fmt: skip
+                "FactorStorage", "Mix"}  # fmt: skip
     assert set(references) == sections | {"Backend", "Optimizer"} <= set(schema["$defs"])
