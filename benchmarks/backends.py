@@ -23,10 +23,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy import sparse
 
 from llmcompress.backends.analysis.dual_smoothing import DualSmoothedClassifier, SmoothedClassifier, even_odd
 from llmcompress.backends.analysis.gp_pde import GPHM, fit_series
 from llmcompress.backends.analysis.singular_density import DeepDensity, fit_together
+from llmcompress.backends.graphs.bootstrap_amg import bootstrap, spd_laplacian
+from llmcompress.backends.graphs.ila_sdp import likelihood_affinities, solve_la_sdp
+from llmcompress.backends.graphs.k_means import k_means
 from llmcompress.backends.regression.block_coordinate import GramLeastSquares, solve_gram
 from llmcompress.backends.regression.conjugate_direction import cg, dcdm, fit_gram_direction
 from llmcompress.backends.regression.kronecker_sbl import KroneckerSBL, classic_sbl, kron_matvec
@@ -160,6 +164,24 @@ def singular_density(count: int) -> Case:
     return together, lambda: [model.fit(x, 0.1, steps=20) for model in models], 0.0
 
 
+def bootstrap_amg(n: int) -> Case:
+    i, j = torch.randint(n, (2, 4 * n), generator=generator())
+    ring = torch.arange(n)
+    rows, columns = torch.cat((i, ring)), torch.cat((j, (ring + 1) % n))
+    keep = rows != columns
+    half = sparse.coo_matrix((keep.double()[keep].numpy(), (rows[keep].numpy(), columns[keep].numpy())), shape=(n, n))
+    L = spd_laplacian(((half + half.T) > 0).astype(float))
+    lowest = lambda: torch.linalg.eigh(torch.from_numpy(L.toarray()))  # noqa: E731
+    return lambda: bootstrap(L, tol=1e-12, max_components=8), lowest, 0.0
+
+
+def ila_sdp(n: int) -> Case:
+    X = randn(n, 3) + 6 * torch.nn.functional.one_hot(torch.arange(n) % 3, 3)
+    A = likelihood_affinities(X, torch.eye(3, dtype=X.dtype).expand(3, 3, 3))
+    program = lambda: solve_la_sdp(A, tol=0.0, max_iter=20)  # noqa: E731
+    return program, lambda: k_means(X, 3, 10, generator()), 20 * 3 * 9 * n**3
+
+
 #: name -> (case, sizes, what is compared with)
 CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "sensitivity": (sensitivity, [4096, 8192, 16384, 32768], "full SVD"),
@@ -176,6 +198,8 @@ CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "gp_pde, series": (gp_series, [32, 64, 128, 256], "lstsq"),
     "singular_density": (singular_density, [1, 2, 4, 8], "one by one"),
     "kronecker_sbl": (kronecker_sbl, [10, 20, 30], "SBL without structure"),
+    "bootstrap_amg": (bootstrap_amg, [500, 1000, 2000], "eigh"),
+    "ila_sdp": (ila_sdp, [50, 100, 200], "k-means"),
 }
 
 

@@ -63,7 +63,8 @@ def compress(
         },
         "compress()",
     )
-    plan = make_plan(analyse(model), recipe.compress)
+    structure = analyse(model)
+    plan = make_plan(structure, recipe.compress, Runner(model, structure).weight, seed)
     if recipe.block_recovery is not None:
         check_plan(plan)
     tokens = _tokens(model, tokenizer, recipe) if tokens is None else tokens

@@ -191,7 +191,8 @@ class Pipeline:
         """
         with self.nothing_left_behind(), self._timed("load"):
             source = self.open_model()
-            plan = make_plan(analyse(source.model), self.recipe.compress)
+            structure = analyse(source.model)
+            plan = make_plan(structure, self.recipe.compress, Runner(source, structure).weight, self.recipe.seed)
             if self.recipe.block_recovery is not None:
                 check_plan(plan)
             texts = self._evaluation_texts(source)

@@ -137,10 +137,13 @@ class Curvature(Protocol):
 
 
 class Grouping(Protocol):
-    """Clusters of layers, heads or neurons."""
+    """Clusters of layers, heads or neurons, by their weights; data-free."""
+
+    def describe(self, weight: Tensor) -> Tensor:
+        """What is to be known of one member, a weight (d_out, d_in): as many values for all of one shape."""
 
     def groups(self, features: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Labels (n,) int64 in 0..count-1 of features (n, d)."""
+        """Labels (n,) int64 in 0..count-1 of features (n, ...), the members' descriptions in order of depth."""
 
 
 class Layer(Protocol):
