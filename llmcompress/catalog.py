@@ -89,6 +89,8 @@ _ENTRIES = (
     Entry("weight_matching", "backend", "llmcompress.backends.merging.layer_similarity:WeightMatching",
           "2402.04051, 2209.04836", "merging", "analysis",
           summary="how alike blocks are once neurons and heads are aligned; whole models: llmcompress merge"),
+    Entry("one_connection", "backend", "llmcompress.backends.graphs.one_connection:OneConnection", "2210.00239",
+          "graphs", "analysis", summary="the residual stream as a linear model: where its output's variance begins"),
     Entry("uniform", "backend", "llmcompress.backends.sampling.uniform:Uniform", "", "sampling", "sampler",
           summary="uniform rows without replacement; the baseline"),
     Entry("sensitivity", "backend", "llmcompress.backends.sampling.sensitivity_sampling:Sensitivity", "2306.00732",

@@ -77,8 +77,8 @@ def train(
 ) -> Training:
     """Trains `model` in place on tokens (rows, length) int64; checkpoints in `folder`, from which it goes on.
 
-    callbacks: of transformers' Trainer, beside its own. The model's weights are float32; sparse dictionaries are rounded to their stored form at the end. All processes
-    of a distributed run call this.
+    callbacks: of transformers' Trainer, beside its own. The model's weights are float32; sparse dictionaries are
+    rounded to their stored form at the end. All processes of a distributed run call this.
     InputError: nothing to train, sequences too long, tokens unknown, a teacher of another vocabulary, or the folder
     is another run's. RunError: a loss or gradient that is not finite, naming the step.
     """
@@ -97,7 +97,14 @@ def train(
     with quiet_transformers():
         with _trainable(model):
             trainer = FinetuneTrainer(
-                prepared, args, section, rows, held_out, learns_from, progress or Silent(), _guidance(section, seed),
+                prepared,
+                args,
+                section,
+                rows,
+                held_out,
+                learns_from,
+                progress or Silent(),
+                _guidance(section, seed),
                 callbacks,
             )
         result = _run(trainer, folder)

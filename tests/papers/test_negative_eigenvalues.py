@@ -203,7 +203,7 @@ def test_householder_micro_steps():
     layer = DeltaNetLayer(16, 2, n_householder=2)
     x = torch.randn(3, 9, 16)
     y, state = layer(x)
-    again, last = layer(x, mode="recurrent")
+    again, _ = layer(x, mode="recurrent")
     torch.testing.assert_close(y, again, rtol=1e-4, atol=1e-5)
     first, carried = layer(x[:, :4])
     second, end = layer(x[:, 4:], carried)
@@ -372,7 +372,7 @@ def test_the_report_sees_the_eigenvalues():
     assert min(gates.column("least")) >= 0
     assert max(gates.column("largest")) <= 1
     backend = NegativeEigenvalues(NegativeEigenvaluesOptions())
-    with pytest.raises(InputError, match="no layer whose range can be extended; recurrent layers found: none, but Llama"):
+    with pytest.raises(InputError, match="no layer whose range can be extended; .* none, but Llama"):
         eigenvalue_report(LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=32, num_attention_heads=2)), TOKENS)
     assert backend.callbacks()[0].fraction == 0.1
 
@@ -412,7 +412,7 @@ def test_bad_shapes():
         selective_scan(u, u[:, :1], A, B, B)
     with pytest.raises(InputError, match="T must be at least 1"):
         selective_scan(u[..., :0], u[..., :0], A, B[..., :0], B[..., :0])
-    with pytest.raises(InputError, match="a permutation of 0..2"):
+    with pytest.raises(InputError, match=r"a permutation of 0\.\.2"):
         permutation_as_reflections([0, 0, 1])
     with pytest.raises(InputError, match="must be a contraction"):
         contraction_as_gh(2 * torch.eye(3))

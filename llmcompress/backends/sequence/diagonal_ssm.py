@@ -154,10 +154,8 @@ class DiagonalSSM(nn.Module):
         return x if state is None else x + (exponent * (times + 1)).exp() * state.to(driven)[:, None]
 
     @staticmethod
-    def _by_kernel(
-        exponent: Tensor, B: Tensor, C: Tensor, u: Tensor, state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """With a system a channel, the states of all steps would be d_state times the input: a kernel a channel is not."""
+    def _by_kernel(exponent: Tensor, B: Tensor, C: Tensor, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """With a system a channel, the states of all steps would take d_state times the input's memory; kernels do not."""
         length = u.shape[1]
         powers = (exponent * torch.arange(length, device=u.device)[:, None, None]).exp()  # (L, d_model, d_state)
         kernel = (powers * (C * B)).sum(-1).real

@@ -1,8 +1,8 @@
 """Negative eigenvalues for the linear recurrences of pretrained models (arXiv 2411.12537).
 
 A range scale c in [1, 2] is given to the layers of a transformers model, in memory: gated delta rules multiply their
-write strength by it, selective scans turn a gate s into c s - (c - 1), in prefill and in decoding alike. The kernels that
-a layer calls are looked up in its modelling file; they do what they did for every layer that has no scale.
+write strength by it, selective scans turn a gate s into c s - (c - 1), in prefill and in decoding alike. The kernels
+that a layer calls are looked up in its modelling file; they do what they did for every layer that has no scale.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from llmcompress.backends.sequence.ssm import (
     transfer_function,
 )
 from llmcompress.checkpoint.converted import mark
-from llmcompress.errors import InputError, RunError
+from llmcompress.errors import InputError
 from llmcompress.models.structure import analyse
 
 __all__ = ["PTD", "DiagonalSSM", "PTDOptions", "PTDResult", "SSMAdapter", "frequency_report", "hippo",
@@ -34,7 +34,9 @@ STATES = "ssm_states"  # an attribute of a model's cache: what the adapters reme
 
 class PTDOptions(BaseModel, extra="forbid"):
     init: Init = Field(default="s5-ptd", description="s5-ptd: one system for all channels; s4-ptd, s4d: one a channel")
-    layers: list[int] | None = Field(default=None, description="blocks that get an adapter; a third of the way if absent")
+    layers: list[int] | None = Field(
+        default=None, description="blocks that get one; that at a third of the way if absent"
+    )
     d_state: int = Field(default=64, ge=1, description="states of a system")
     dt_min: float = Field(default=1e-3, gt=0, description="shortest step")
     dt_max: float = Field(default=1e-1, gt=0, description="longest step")
@@ -46,8 +48,8 @@ class PTDOptions(BaseModel, extra="forbid"):
 def add_adapter(block: nn.Module, adapter: SSMAdapter) -> None:
     """Adds the adapter to what the block returns, and notes on the block how to build it again.
 
-    In generation its state lies with the model's cache; beams that are reordered, and caches that are cut, are not
-    followed. RunError if a cache comes with another batch than it had.
+    In generation its state lies with the model's cache: beams that are reordered, and caches that are cut, it does not
+    follow.
     """
     block.add_module(ADAPTER, adapter)
     ssm = adapter.ssm
@@ -60,15 +62,12 @@ def _add(block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> An
     adapter = block.get_submodule(ADAPTER)
     cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
     states: dict[int, Tensor] = {} if cache is None else vars(cache).setdefault(STATES, {})
-    state = states.get(id(adapter))
-    if state is not None and len(state) != len(hidden):
-        raise RunError(f"the cache holds {len(state)} sequences of an adapter's and {len(hidden)} come: use a new one")
-    added, states[id(adapter)] = adapter(hidden, state)
+    added, states[id(adapter)] = adapter(hidden, states.get(id(adapter)))
     return (hidden + added, *output[1:]) if isinstance(output, tuple) else hidden + added
 
 
 class PTD:
-    """The layer port: a recipe's `convert` adds adapters that training fills; and an analysis of systems' eigenvectors."""
+    """The layer port: a recipe's `convert` adds adapters that training fills; and an analysis of eigenvectors."""
 
     Options: ClassVar[type[PTDOptions]] = PTDOptions
 

@@ -1,7 +1,7 @@
 """Diagonal systems close to HiPPO's: dropping its rank-one part (S4D), or perturbing before diagonalising (PTD).
 
-A system is x' = A x + B u, y = C x. HiPPO's A is so far from normal that its eigenvectors are useless in floating point;
-those of A + E, with a small E, are not, and nothing is dropped. Source: arXiv 2310.01698.
+A system is x' = A x + B u, y = C x. HiPPO's A is so far from normal that its eigenvectors are useless in floating
+point; those of A + E, with a small E, are not, and nothing is dropped. Source: arXiv 2310.01698.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def psi(s: Tensor, n: int) -> Tensor:
 
 
 def transfer_function(A: Tensor, B: Tensor, C: Tensor, s: Tensor) -> Tensor:
-    """C (s - A)⁻¹ B (m,): A (n, n), or its eigenvalues (n,); B, C (n,); s (m,). complex128. Cost: O(m n³), or O(m n)."""
+    """C (s - A)⁻¹ B (m,): A (n, n), or its eigenvalues (n,); B, C (n,); s (m,).
+
+    complex128. Cost: O(m n³), or O(m n).
+    """
     s, B, C = (t.to(torch.complex128) for t in (s, B, C))
     if A.ndim == 1:
         return ((C * B) / (s[:, None] - A.to(s))).sum(1)
