@@ -150,7 +150,7 @@ class Layer(Protocol):
     """Changes layers of a model in place, or adds to them, before it is fine-tuned."""
 
     def convert(self, model: PreTrainedModel, generator: torch.Generator) -> list[str]:
-        """Paths of the modules that were changed and marked (`checkpoint.converted.mark`). InputError if none fits."""
+        """Paths of the modules that were changed and marked (`layers.converted.mark`). InputError if none fits."""
 
     def callbacks(self) -> list[TrainerCallback]:
         """What the training is accompanied by."""

@@ -11,11 +11,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmcompress.checkpoint.converted import converted_modules, restore
 from llmcompress.checkpoint.install import Specs, build_layer, install, layer_spec, structured_layers
 from llmcompress.checkpoint.verify import check_files
 from llmcompress.errors import InputError
 from llmcompress.layers.base import StructuredLinear
+from llmcompress.layers.converted import converted_modules, restore
 
 if TYPE_CHECKING:  # transformers may still be importing itself when this module is imported
     from transformers import PreTrainedModel

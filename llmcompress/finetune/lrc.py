@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llmcompress.checkpoint.converted import added_parameters
 from llmcompress.checkpoint.install import structured_layers
 from llmcompress.errors import InputError
 from llmcompress.finetune.optimizers import Named
 from llmcompress.layers.base import StructuredLinear
+from llmcompress.layers.converted import added_parameters
 from llmcompress.layers.sparse_dictionary import SparseDictionaryLinear
 
 

@@ -372,7 +372,7 @@ def test_the_report_sees_the_eigenvalues():
     assert min(gates.column("least")) >= 0
     assert max(gates.column("largest")) <= 1
     backend = NegativeEigenvalues(NegativeEigenvaluesOptions())
-    with pytest.raises(InputError, match="no layer whose range can be extended; .* none, but Llama"):
+    with pytest.raises(InputError, match=r"no layer whose range can be extended; .* none, but Llama"):
         eigenvalue_report(LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=32, num_attention_heads=2)), TOKENS)
     assert backend.callbacks()[0].fraction == 0.1
 

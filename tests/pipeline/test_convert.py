@@ -7,8 +7,8 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from llmcompress import InputError, Recipe, apply
-from llmcompress.checkpoint.converted import converted_modules
 from llmcompress.finetune.command import FinetuneRecipe, finetune_checkpoint
+from llmcompress.layers.converted import converted_modules
 from llmcompress.models.load import Location, load_model
 from tests.tiny import VOCABULARY, recipe, save_tiny, tiny_tokenizer, write_text
 

@@ -16,6 +16,7 @@ from llmcompress.backends.graphs.mixed_graph import MixedGraph, numerators
 from llmcompress.errors import InputError, RunError
 
 PRIME = 2147483629
+SPARE = 5  # evaluations beyond the number of unknowns, so that a null vector is none by chance
 Matrix = NDArray[np.int64]
 Monomial = tuple[tuple[int, int], ...]  # the entries (i, j), i <= j, of Sigma that are multiplied, in order
 
@@ -60,14 +61,17 @@ def vanishing_polynomials(G: MixedGraph, max_degree: int, minimal: bool = True) 
     if max_degree < 1:
         raise InputError(f"max_degree must be at least 1; got {max_degree}")
     variables = list(itertools.combinations_with_replacement(range(G.n), 2))
+    generator = np.random.default_rng(0)
     found: list[Polynomial] = []
     for degree in range(1, max_degree + 1):
         by_vertex: dict[tuple[int, ...], list[Monomial]] = {}
         for monomial in itertools.combinations_with_replacement(variables, degree):
             by_vertex.setdefault(_multidegree(monomial, G.n), []).append(monomial)
+        count = max(map(len, by_vertex.values())) + SPARE
+        points = np.stack([_random_point(G, generator)[1] for _ in range(count)])
         earlier = list(found)
         for multidegree, monomials in by_vertex.items():
-            null = _null_space(_values(G, monomials))
+            null = _null_space(_values(points, monomials))
             if not len(null):
                 continue
             place = {monomial: index for index, monomial in enumerate(monomials)}
@@ -143,20 +147,16 @@ def _null_space(matrix: Matrix) -> Matrix:
     return basis
 
 
-def _values(G: MixedGraph, monomials: list[Monomial]) -> Matrix:
-    """The monomials at five more random covariances than there are of them."""
-    generator = np.random.default_rng(0)
-    rows = []
-    for _ in range(len(monomials) + 5):
-        _, sigma = _random_point(G, generator)
-        row = []
-        for monomial in monomials:
-            value = 1
-            for i, j in monomial:
-                value = value * int(sigma[i, j]) % PRIME
-            row.append(value)
-        rows.append(row)
-    return np.array(rows, dtype=np.int64)
+def _values(points: Matrix, monomials: list[Monomial]) -> Matrix:
+    """The monomials at the first five more covariances (points, n, n) than there are of them."""
+    sigma = points[: len(monomials) + SPARE]
+    columns = []
+    for monomial in monomials:
+        value = np.ones(len(sigma), dtype=np.int64)
+        for i, j in monomial:
+            value = value * sigma[:, i, j] % PRIME
+        columns.append(value)
+    return np.stack(columns, 1)
 
 
 def _products(earlier: list[Polynomial], multidegree: tuple[int, ...], place: dict[Monomial, int], n: int) -> Matrix:

@@ -155,7 +155,7 @@ class DiagonalSSM(nn.Module):
 
     @staticmethod
     def _by_kernel(exponent: Tensor, B: Tensor, C: Tensor, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """With a system a channel, the states of all steps would take d_state times the input's memory; kernels do not."""
+        """By a kernel a channel: the states of all steps would take d_state times the memory of the input."""
         length = u.shape[1]
         powers = (exponent * torch.arange(length, device=u.device)[:, None, None]).exp()  # (L, d_model, d_state)
         kernel = (powers * (C * B)).sum(-1).real

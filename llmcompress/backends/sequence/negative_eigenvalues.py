@@ -40,8 +40,8 @@ from llmcompress.backends.sequence.linear_rnn import (
     signed_segment_products,
 )
 from llmcompress.backends.sequence.state_tracking import StateTrackingProbe
-from llmcompress.checkpoint.converted import mark
 from llmcompress.errors import InputError
+from llmcompress.layers.converted import mark
 
 __all__ = ["ConversionReport", "DeltaNetLayer", "NegativeEigenvalues", "NegativeEigenvaluesOptions", "RangeAnneal",
            "SelectiveDiagonalLayer", "StateTrackingProbe", "contraction_as_gh", "delta_rule", "eigenvalue_report",

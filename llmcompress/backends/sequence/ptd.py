@@ -21,8 +21,8 @@ from llmcompress.backends.sequence.ssm import (
     s4d_init,
     transfer_function,
 )
-from llmcompress.checkpoint.converted import mark
 from llmcompress.errors import InputError
+from llmcompress.layers.converted import mark
 from llmcompress.models.structure import analyse
 
 __all__ = ["PTD", "DiagonalSSM", "PTDOptions", "PTDResult", "SSMAdapter", "frequency_report", "hippo",
