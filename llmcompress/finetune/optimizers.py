@@ -52,7 +52,8 @@ def build_optimizer(choice: Choice, parameters: Named, lr: float) -> torch.optim
     """
     entry = catalog.get("optimizer", choice.name).load()
     optimizer: torch.optim.Optimizer = entry(entry.Options(**choice.options)).build(parameters, lr)
-    for share in sorted({p.lr_share for _, p in parameters if hasattr(p, "lr_share")}):
+    shares: set[float] = {getattr(p, "lr_share", 1.0) for _, p in parameters}
+    for share in sorted(shares - {1.0}):
         apart = [p for _, p in parameters if getattr(p, "lr_share", None) == share]
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if getattr(p, "lr_share", None) != share]

@@ -22,7 +22,7 @@ def mark(module: nn.Module, backend: str, **spec: Any) -> None:
 
 def converted_modules(model: nn.Module) -> Specs:
     """Path of each changed module -> its note."""
-    return {name: dict(m.conversion) for name, m in model.named_modules() if "conversion" in vars(m)}  # type: ignore[arg-type]
+    return {name: dict(vars(m)["conversion"]) for name, m in model.named_modules() if "conversion" in vars(m)}
 
 
 def added_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -109,7 +109,8 @@ def test_counts_of_complete_graphs():
     G = MixedGraph(5, list(itertools.combinations(range(5), 2)), [(0, 2)])
     determinant, numerators = covariance_symbolic(G)
     assert determinant == 1
-    assert len(sympy.Add.make_args(sympy.expand(numerators[3, 4]))) == 59
+    ones = dict.fromkeys(numerators[3, 4].free_symbols, 1)
+    assert numerators[3, 4].subs(ones) == 59  # the number of treks; some of them have the same weights
     assert len(path_decomposition(G, *parameters(G, 1.0, 0), 3, 4).rows) == 59
 
 

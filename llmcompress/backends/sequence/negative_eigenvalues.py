@@ -96,7 +96,7 @@ def _no_layers(model: nn.Module) -> InputError:
     classes = {type(module).__name__ for module in model.modules()}
     recurrent = sorted(c for c in classes if re.search(r"Mamba|Mixer|Delta|SSM|Recurrent|RWKV|LSTM|KDA", c))
     if any("Mamba2" in c or c in ("BambaMixer", "FalconH1Mixer") for c in classes) or any(
-        getattr(module, "A_log", None) is not None and module.A_log.ndim == 1 for module in model.modules()
+        getattr(getattr(module, "A_log", None), "ndim", 0) == 1 for module in model.modules()
     ):
         return InputError(
             f"{', '.join(recurrent)}: multiplies its decays in log-space, where they cannot be negative; it would need "
@@ -170,9 +170,8 @@ def _step_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
         if c == 1:
             out: Tensor = kernel(state, u, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, z=z, **kwargs)
             return out
-        step = _time_step(dt, dt_bias, dt_softplus)
-        parts = [t[..., None] for t in (u, step)] + [A] + [t[..., None] for t in (B, C)]
-        y, new = selective_scan(*parts, D, z[..., None] if z is not None else None, c, state)
+        step, gate = _time_step(dt, dt_bias, dt_softplus), None if z is None else z[..., None]
+        y, new = selective_scan(u[..., None], step[..., None], A, B[..., None], C[..., None], D, gate, c, state)
         state.copy_(new)
         return y[..., 0]
 

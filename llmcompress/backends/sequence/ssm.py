@@ -107,7 +107,8 @@ def perturb_then_diagonalize(
     if not eps > 0 or gamma < 0 or (max_eps is not None and not max_eps > 0):
         raise InputError(f"eps and max_eps must be positive, gamma not negative; got {eps}, {max_eps}, {gamma}")
     exact, n = A.detach().double(), len(A)
-    E, history = torch.zeros_like(exact), []
+    E = torch.zeros_like(exact)
+    history: list[float] = []
     if not float(_kappa(exact)) <= NEEDS_NONE:
         noise = torch.randn(n, n, dtype=torch.float64, generator=generator or generator_for(0)).to(exact.device)
         E = eps * noise / torch.linalg.matrix_norm(noise, 2)
@@ -139,7 +140,8 @@ def _optimised(
 ) -> tuple[Tensor, list[float]]:
     E = E.clone().requires_grad_()
     optimizer = torch.optim.Adam([E], lr=0.5 * eps / len(A) ** 0.5)
-    best, history = E.detach().clone(), []
+    best = E.detach().clone()
+    history: list[float] = []
     for _ in range(steps + 1):
         phi = _kappa(A + E) + gamma * torch.linalg.matrix_norm(E, 2)
         if not torch.isfinite(phi):
