@@ -175,7 +175,7 @@ class LSEMFit:
 def fit_lsem(Y: Tensor, G: MixedGraph, method: Literal["ols", "ml"] = "ols", ridge: float = 1e-6) -> LSEMFit:
     """Lambda and Omega of samples Y (N, n), whose means are taken off.
 
-    ols: every vertex on its parents, with `ridge` times their mean variance on the diagonal; exact for graphs without
+    ols: every vertex on its parents, with `ridge` times their variances added to these; exact for graphs without
     cycles and bidirected edges. ml: maximum likelihood by L-BFGS, for any graph. InputError for N <= n, or OLS on
     another graph; RunError if the likelihood does not converge.
     """
@@ -199,8 +199,7 @@ def _ols(S: Tensor, G: MixedGraph, ridge: float) -> tuple[Tensor, Tensor]:
         Omega[j, j] = S[j, j]
         if parents:
             gram = S[parents][:, parents]
-            shift = ridge * gram.diagonal().mean() * torch.eye(len(parents), dtype=S.dtype, device=S.device)
-            weights = torch.linalg.solve(gram + shift, S[parents, j])
+            weights = torch.linalg.solve(gram + ridge * torch.diag(gram.diagonal()), S[parents, j])
             Lambda[parents, j] = weights
             Omega[j, j] = S[j, j] - 2 * weights @ S[parents, j] + weights @ gram @ weights
     return Lambda, Omega
