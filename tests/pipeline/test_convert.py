@@ -87,7 +87,7 @@ def test_the_range_rises_while_a_recurrent_model_trains(mamba, text, tmp_path):
 def test_training_that_gains_nothing_leaves_the_range_as_it_was(mamba, text, tmp_path):
     convert = [{"name": "negative_eigenvalues", "anneal": 0.5}]
     given = finetune(mamba, text, tmp_path / "out", convert=convert)
-    given["finetune"] |= {"lr": 1.0, "clip": 0.0}
+    given["finetune"] |= {"lr": 3.0, "clip": 0.0, "warmup": 0.0, "evaluate_every": 6}
     outcome = finetune_checkpoint(str(mamba), FinetuneRecipe.parse(given))
     assert outcome.metrics["finetune"]["kept"] == 0
     model = load_model(Location(tmp_path / "out"))
