@@ -168,7 +168,7 @@ def numerators(G: MixedGraph) -> tuple[Any, list[list[Any]]]:
         return sum((functools.reduce(lambda a, e: a * weight[e], t.edges, R(t.sign)) for t in terms), R(0))
 
     a = [[total(one_connections(G, i, j)) for j in range(G.n)] for i in range(G.n)]
-    found = [[R(0)] * G.n for _ in range(G.n)]
+    found: list[list[Any]] = [[R(0)] * G.n for _ in range(G.n)]
     for i in range(G.n):
         for j in range(i, G.n):
             entry = R(0)

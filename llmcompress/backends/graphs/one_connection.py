@@ -347,7 +347,7 @@ def _top_paths(fit: LSEMFit, effect: Tensor, names: Sequence[str], variance: flo
     n = len(names)
     best: list[list[tuple[float, tuple[int, ...]]]] = [[] for _ in range(n)]
     for a in reversed(range(n)):
-        found = [(1.0, (a,))]
+        found: list[tuple[float, tuple[int, ...]]] = [(1.0, (a,))]
         for b in range(a + 1, n):
             found += [(float(fit.Lambda[a, b]) * weight, (a, *path)) for weight, path in best[b]]
         best[a] = sorted(found, key=lambda item: -abs(item[0]))[:count]
