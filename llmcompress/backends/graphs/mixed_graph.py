@@ -141,7 +141,7 @@ def _cycle_sets(cycles: list[tuple[int, tuple[Edge, ...]]], taken: int, first: i
 
 
 def _capped(terms: Iterator[Term], max_terms: int) -> list[Term]:
-    found = []
+    found: list[Term] = []
     for term in terms:
         if len(found) == max_terms:
             rest = 1 + sum(1 for _ in terms)
