@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy import sparse
 
 from llmcompress.backends.analysis.dual_smoothing import DualSmoothedClassifier, SmoothedClassifier, even_odd
 from llmcompress.backends.analysis.gp_pde import GPHM, fit_series
@@ -31,6 +32,10 @@ from llmcompress.backends.geometry.augmented_covariance import augmented_covaria
 from llmcompress.backends.geometry.lie_group import balanced_gauge
 from llmcompress.backends.geometry.ponita import SeparableGroupConv
 from llmcompress.backends.geometry.spd_batchnorm import bures_mix_weights, bw_barycentre
+from llmcompress.backends.graphs.bootstrap_amg import bootstrap, spd_laplacian
+from llmcompress.backends.graphs.ila_sdp import likelihood_affinities, solve_la_sdp
+from llmcompress.backends.graphs.k_means import k_means
+from llmcompress.backends.graphs.one_connection import MixedGraph, implied_covariance, path_decomposition
 from llmcompress.backends.regression.block_coordinate import GramLeastSquares, solve_gram
 from llmcompress.backends.regression.conjugate_direction import cg, dcdm, fit_gram_direction
 from llmcompress.backends.regression.kronecker_sbl import KroneckerSBL, classic_sbl, kron_matvec
@@ -38,6 +43,8 @@ from llmcompress.backends.regression.linf_regression import SketchedLeastSquares
 from llmcompress.backends.regression.sparse_regression import free_columns, precondition
 from llmcompress.backends.sampling.sensitivity_sampling import leverage_scores, lewis_weights
 from llmcompress.backends.sampling.volume_sampling import leading_basis, repeated_dpp
+from llmcompress.backends.sequence.negative_eigenvalues import delta_rule
+from llmcompress.backends.sequence.ptd import DiagonalSSM, hippo, perturb_then_diagonalize
 from llmcompress.backends.streaming.streaming_eigenvector import StreamingTopEigenvector
 
 ROWS = 32768  # of setting R's calibration
@@ -200,6 +207,49 @@ def ponita(n: int) -> Case:
     return torch.no_grad()(lambda: convolution(x, edges, spatial, fibre)), torch.no_grad()(full), 0.0
 
 
+def bootstrap_amg(n: int) -> Case:
+    i, j = torch.randint(n, (2, 4 * n), generator=generator())
+    ring = torch.arange(n)
+    rows, columns = torch.cat((i, ring)), torch.cat((j, (ring + 1) % n))
+    keep = rows != columns
+    half = sparse.coo_matrix((keep.double()[keep].numpy(), (rows[keep].numpy(), columns[keep].numpy())), shape=(n, n))
+    L = spd_laplacian(((half + half.T) > 0).astype(float))
+    lowest = lambda: torch.linalg.eigh(torch.from_numpy(L.toarray()))  # noqa: E731
+    return lambda: bootstrap(L, tol=1e-12, max_components=8), lowest, 0.0
+
+
+def ila_sdp(n: int) -> Case:
+    X = randn(n, 3) + 6 * torch.nn.functional.one_hot(torch.arange(n) % 3, 3)
+    A = likelihood_affinities(X, torch.eye(3, dtype=X.dtype).expand(3, 3, 3))
+    program = lambda: solve_la_sdp(A, tol=0.0, max_iter=20)  # noqa: E731
+    return program, lambda: k_means(X, 3, 10, generator()), 20 * 3 * 9 * n**3
+
+
+def negative_eigenvalues(T: int) -> Case:
+    q, k, v = (torch.randn(1, 4, T, 32, generator=generator()) for _ in range(3))
+    k, beta = torch.nn.functional.normalize(k, dim=-1), 2 * torch.rand(1, 4, T, generator=generator())
+    return lambda: delta_rule(q, k, v, beta), lambda: delta_rule(q, k, v, beta, mode="recurrent"), 0.0
+
+
+def ptd(n: int) -> Case:
+    A, _ = hippo("legs", n)
+    optimised = lambda: perturb_then_diagonalize(A, steps=10)  # noqa: E731
+    return optimised, lambda: perturb_then_diagonalize(A, "ginibre"), 0.0
+
+
+def ptd_layer(L: int) -> Case:
+    layer, u = DiagonalSSM(16, 32, method="ginibre").requires_grad_(False), torch.randn(1, L, 16, generator=generator())
+    return lambda: layer(u), lambda: layer(u, mode="scan"), 0.0
+
+
+def one_connection(n: int) -> Case:
+    G = MixedGraph(n, [(i, j) for i in range(n) for j in range(n) if i != j])
+    Lambda = 0.1 * randn(n, n).fill_diagonal_(0)
+    noise = torch.eye(n, dtype=torch.float64)
+    paths = lambda: path_decomposition(G, Lambda, noise, 0, 1)  # noqa: E731
+    return paths, lambda: implied_covariance(G, Lambda, noise), 0.0
+
+
 #: name -> (case, sizes, what is compared with)
 CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "sensitivity": (sensitivity, [4096, 8192, 16384, 32768], "full SVD"),
@@ -220,6 +270,12 @@ CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "augmented_covariance": (augmented_covariances, [2, 4, 8, 16], "plain covariance"),
     "ponita": (ponita, [64, 128, 256, 512], "full kernel"),
     "kronecker_sbl": (kronecker_sbl, [10, 20, 30], "SBL without structure"),
+    "bootstrap_amg": (bootstrap_amg, [500, 1000, 2000], "eigh"),
+    "ila_sdp": (ila_sdp, [50, 100, 200], "k-means"),
+    "negative_eigenvalues": (negative_eigenvalues, [128, 256, 512, 1024], "step by step"),
+    "ptd": (ptd, [16, 32, 64], "random perturbation"),
+    "ptd, layer": (ptd_layer, [256, 512, 1024], "step by step"),
+    "one_connection": (one_connection, [4, 5, 6], "inverse, without paths"),
 }
 
 

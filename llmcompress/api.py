@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.calibration import text
-from llmcompress.checkpoint.install import install, structured_layers
-from llmcompress.checkpoint.quantizer import attach
+from llmcompress.checkpoint.install import install
+from llmcompress.checkpoint.quantizer import attach, has_own_format
 from llmcompress.engine import Engine, Settings
 from llmcompress.errors import InputError
 from llmcompress.finetune.block_recovery import check_plan
@@ -66,7 +66,8 @@ def compress(
         },
         "compress()",
     )
-    plan = make_plan(analyse(model), recipe.compress)
+    structure = analyse(model)
+    plan = make_plan(structure, recipe.compress, Runner(model, structure).weight, seed)
     if recipe.block_recovery is not None:
         check_plan(plan)
     tokens = _tokens(model, tokenizer, recipe) if tokens is None else tokens
@@ -116,7 +117,7 @@ def finetune_model(
             teacher=teacher, seed=seed, device=device.type, progress=progress,
         )  # fmt: skip
     nn.Module.to(model, device=device, dtype=dtype)
-    if structured_layers(model):
+    if has_own_format(model):
         attach(model)
     return training
 

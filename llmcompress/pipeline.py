@@ -33,7 +33,7 @@ from llmcompress.engine import Engine, Settings
 from llmcompress.errors import InputError
 from llmcompress.finetune.block_recovery import check_plan
 from llmcompress.finetune.data import check_teacher, check_tokens, read_tokens, teacher_config
-from llmcompress.finetune.stage import current_results, read_report, train_checkpoint
+from llmcompress.finetune.stage import convert_layers, current_results, read_report, train_checkpoint
 from llmcompress.mixture import calibration_tokens
 from llmcompress.models.files import file_digest
 from llmcompress.models.load import (
@@ -48,7 +48,7 @@ from llmcompress.models.load import (
     unpack_gguf,
 )  # fmt: skip
 from llmcompress.models.runner import Runner
-from llmcompress.models.structure import analyse
+from llmcompress.models.structure import analyse, weightless
 from llmcompress.plan import Plan, make_plan
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Recipe
@@ -176,7 +176,7 @@ class Pipeline:
         tuned = train_checkpoint(
             Location(result), teacher, tokens, section, self.work,
             dtype=source.model.dtype, device=self.device, seed=recipe.seed, max_shard_size=recipe.max_shard_size,
-            progress=self.progress, trust_remote_code=recipe.trust_remote_code,
+            progress=self.progress, trust_remote_code=recipe.trust_remote_code, convert=recipe.convert,
         )  # fmt: skip
         return tuned, read_report(self.work)
 
@@ -195,9 +195,12 @@ class Pipeline:
         """
         with self.nothing_left_behind(), self._timed("load"):
             source = self.open_model()
-            plan = make_plan(analyse(source.model), self.recipe.compress)
+            structure = analyse(source.model)
+            plan = make_plan(structure, self.recipe.compress, Runner(source, structure).weight, self.recipe.seed)
             if self.recipe.block_recovery is not None:
                 check_plan(plan)
+            if self.recipe.convert:
+                convert_layers(weightless(source.model), self.recipe.convert, self.recipe.seed)
             texts = self._evaluation_texts(source)
             if self.recipe.eval.tasks:
                 from llmcompress_eval.tasks import load_tasks

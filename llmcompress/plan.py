@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from llmcompress.calibration.collect import BACKWARD, FORWARD
 from llmcompress.catalog import nearest
 from llmcompress.compressors.allocation.spectra import LOSS_NEEDS
 from llmcompress.errors import InputError
+from llmcompress.grouping import grouped_units
 from llmcompress.models.structure import Structure
 from llmcompress.recipe import Compress
 from llmcompress.types import ATTENTION_ROLES, FFN_ROLES, Budget, Compressor, Site
@@ -88,8 +91,16 @@ class Plan:
         ]
 
 
-def make_plan(structure: Structure, steps: Sequence[Compress]) -> Plan:
-    """InputError if a target matches nothing, two steps claim a site, or a step asks for what it cannot have."""
+def make_plan(
+    structure: Structure,
+    steps: Sequence[Compress],
+    weight: Callable[[Site], Tensor] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """weight: reads a site's weight (d_out, d_in), for steps that group blocks by them; seed: of these groups.
+
+    InputError if a target matches nothing, two steps claim a site, or a step asks for what it cannot have.
+    """
     claimed: dict[str, int] = {}
     planned = []
     for index, recipe in enumerate(steps):
@@ -100,7 +111,11 @@ def make_plan(structure: Structure, steps: Sequence[Compress]) -> Plan:
                 raise InputError(f"compress.{index}.targets: {site.name} belongs to {other} already")
             claimed[site.name] = index
         compressor = recipe.build()
-        units = sorted(compressor.units(sites), key=lambda unit: unit[-1].block)
+        units = compressor.units(sites)
+        options = getattr(compressor, "options", None)
+        if weight is not None and getattr(options, "grouping", None) is not None:
+            units = grouped_units(units, options, weight, seed, f"compress.{index}.grouping")
+        units = sorted(units, key=lambda unit: unit[-1].block)
         step = Step(recipe, compressor, recipe.build_allocation(), units)
         if not step.allocation.needs_profiles:
             for unit, budget in zip(units, step.allocation.allocate(units, None, recipe.ratio), strict=True):

@@ -268,6 +268,9 @@ class Recipe(Section):
     calibration: Calibration = Field(default_factory=Calibration, description="text that statistics are gathered from")
     compress: list[Compress] = Field(min_length=1, description="steps, each on sites of its own")
     block_recovery: BlockRecovery | None = Field(None, description="fit each block to the dense one's outputs")
+    convert: list[Backend] = Field(
+        [], description="backends that change layers of the compressed model, or add some, before it is fine-tuned"
+    )
     finetune: Finetune | None = Field(None, description="training after compression")
     eval: Evaluation = Field(default_factory=Evaluation, description="what is measured at the end")
     analysis: list[Analysis] = Field([], description="analyses whose reports lie beside the result, in analysis.json")
@@ -307,8 +310,12 @@ class Recipe(Section):
             optimizer, at = recipe.finetune.optimizer, f"{source}: finetune.optimizer"
             _check_choice(at, "optimizer", optimizer.name)
             _check_options(at, catalog.get("optimizer", optimizer.name).load().Options, optimizer.options, ("name",))
-        for index, chosen in enumerate(recipe.analysis):
-            _check_backend(f"{source}: analysis.{index}", chosen, None)
+        for index, chosen in enumerate(recipe.convert):
+            _check_backend(f"{source}: convert.{index}", chosen, "layer")
+        if recipe.convert and (recipe.finetune is None or recipe.finetune.method not in ("full", "lrc")):
+            raise InputError(f"{source}: convert: what it changes has to be trained: finetune by method full or lrc")
+        for index, analysis in enumerate(recipe.analysis):
+            _check_backend(f"{source}: analysis.{index}", analysis, None)
         try:
             recipe.model_dump_json()  # it is saved beside the result
         except PydanticSerializationError as error:

@@ -150,7 +150,8 @@ def _calibrate(pipelines: list[Pipeline], progress: Progress) -> tuple[Path, Sha
     own = Pipeline(first.recipe.model_copy(update={"output": place}), progress)
     with own.nothing_left_behind():
         source, plan, tokens, _ = own.prepare()
-        plans = [make_plan(plan.structure, pipeline.recipe.compress) for pipeline in pipelines]
+        weight = Runner(source, plan.structure).weight
+        plans = [make_plan(plan.structure, p.recipe.compress, weight, p.recipe.seed) for p in pipelines]
     everything = Plan(plan.structure, [step for found in plans for step in found.steps])
     store = DiskStore(own.work / f"statistics-{digest(sorted(everything.needs))[:12]}")
     Engine(Runner(source, plan.structure), everything, tokens, store, own.settings(), progress).measure()

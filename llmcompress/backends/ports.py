@@ -8,7 +8,7 @@ everything random is drawn from the generator that is passed in.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from llmcompress.errors import InputError
 from llmcompress.types import Site
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 PORTS = ("sampler", "solver", "sparse coder", "recovery", "stream", "curvature", "grouping", "layer", "analysis")
 
@@ -140,17 +140,30 @@ class Curvature(Protocol):
 
 
 class Grouping(Protocol):
-    """Clusters of layers, heads or neurons."""
+    """Clusters of layers, heads or neurons, by their weights; data-free."""
+
+    def describe(self, weight: Tensor) -> Tensor:
+        """What is to be known of one member, a weight (d_out, d_in): as many values for all of one shape."""
 
     def groups(self, features: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Labels (n,) int64 in 0..count-1 of features (n, d)."""
+        """Labels (n,) int64 in 0..count-1 of features (n, ...), the members' descriptions in order of depth."""
 
 
 class Layer(Protocol):
-    """Turns a module of a model into another one."""
+    """Changes layers of a model in place, or adds to them, before it is fine-tuned."""
 
-    def convert(self, module: nn.Module, generator: torch.Generator) -> nn.Module:
-        """The module that replaces it, with the same inputs and outputs."""
+    def convert(self, model: PreTrainedModel, generator: torch.Generator) -> list[str]:
+        """Paths of the modules that were changed and marked (`layers.converted.mark`). InputError if none fits."""
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What the training is accompanied by."""
+
+    def undo(self, model: PreTrainedModel) -> None:
+        """Called where training lowered no validation loss, its weights again those from before: nothing may differ."""
+
+    @staticmethod
+    def restore(module: nn.Module, spec: dict[str, Any]) -> None:
+        """Does the same to a module of a new model, from the mark; its tensors are loaded afterwards."""
 
 
 @runtime_checkable

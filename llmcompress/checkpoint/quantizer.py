@@ -15,6 +15,7 @@ from llmcompress.checkpoint.install import Specs, build_layer, install, layer_sp
 from llmcompress.checkpoint.verify import check_files
 from llmcompress.errors import InputError
 from llmcompress.layers.base import StructuredLinear
+from llmcompress.layers.converted import converted_modules, restore
 
 if TYPE_CHECKING:  # transformers may still be importing itself when this module is imported
     from transformers import PreTrainedModel
@@ -27,8 +28,9 @@ VERSION = 1
 class LLMCompressConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed checkpoint: the format's version and the structured sites.
 
-    sites: module path -> {"type": layer kind, ...} as the layer's `spec` gives it. checksums: SHA-256 of the tensor
-    files beside this config; a loaded model forgets them, since they are wrong for whatever it saves.
+    sites: module path -> {"type": layer kind, ...} as the layer's `spec` gives it. converted: module path -> what a
+    backend did to it. checksums: SHA-256 of the tensor files beside this config; a loaded model forgets them, since
+    they are wrong for whatever it saves.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
         version: int = VERSION,
         sites: Specs | None = None,
         checksums: dict[str, str] | None = None,
+        converted: Specs | None = None,
         **_: Any,
     ) -> None:
         if version > VERSION:
@@ -44,6 +47,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
         self.version = version
         self.sites = sites or {}
         self.checksums = checksums or {}
+        self.converted = converted or {}
 
 
 @register_quantizer(METHOD)
@@ -65,6 +69,8 @@ class LLMCompressQuantizer(HfQuantizer):
                 raise InputError(f"config.json: quantization_config.sites: the model has no module {name}") from None
             layers[name] = build_layer(name, spec, dtype, "meta")
         install(model, layers)
+        with torch.device("meta"):
+            restore(model, self.quantization_config.converted)
         _skip_initialisation(model, layers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
@@ -73,6 +79,7 @@ class LLMCompressQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         self.quantization_config.sites = {name: layer_spec(layer) for name, layer in structured_layers(model).items()}
+        self.quantization_config.converted = converted_modules(model)
         return None, {}
 
     def is_serializable(self) -> bool:
@@ -100,10 +107,15 @@ def _skip_initialisation(model: PreTrainedModel, layers: Mapping[str, Structured
             parent._is_hf_initialized = True
 
 
+def has_own_format(model: PreTrainedModel) -> bool:
+    """Whether a checkpoint of the model needs `attach`."""
+    return bool(structured_layers(model) or converted_modules(model))
+
+
 def attach(model: PreTrainedModel) -> None:
     """Marks a model whose layers were replaced in memory, so that `save_pretrained` writes a compressed checkpoint."""
     sites = {name: layer_spec(layer) for name, layer in structured_layers(model).items()}
-    config = LLMCompressConfig(sites=sites)
+    config = LLMCompressConfig(sites=sites, converted=converted_modules(model))
     model.config.quantization_config = config
     model.hf_quantizer = LLMCompressQuantizer(config, pre_quantized=True)
     model.is_quantized = True

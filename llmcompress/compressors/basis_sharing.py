@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from llmcompress.backends.choice import Backend
 from llmcompress.compressors.low_rank import LowRankCompressor, PivotOptions, Whitened
 from llmcompress.compressors.svd_llm import svd_llm_factorize, whitened
 from llmcompress.compressors.whitening import checked_weight
@@ -22,6 +23,11 @@ class BasisSharingOptions(PivotOptions):
     layers: int = Field(
         default=2, ge=1, description="neighbouring blocks whose q, k, v, gate and up share a basis each"
     )
+    grouping: Backend | None = Field(
+        default=None, description="backend that chooses which blocks share, `layers` of them on average"
+    )
+
+    BACKENDS: ClassVar[dict[str, str]] = {"grouping": "grouping"}
 
 
 def basis_sharing_factorize(weights: list[Tensor], grams: list[Tensor], rank: int) -> tuple[Tensor, list[Tensor]]:

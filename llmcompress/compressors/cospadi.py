@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from llmcompress.backends.choice import Backend
@@ -76,6 +76,9 @@ class CoSpaDiOptions(BaseModel, extra="forbid"):
         "neighbouring blocks each (layers), or for one site (none)",
     )
     layers: int = Field(default=2, ge=1, description="blocks that share a dictionary with share: layers")
+    grouping: Backend | None = Field(
+        default=None, description="with share: layers, backend that chooses which blocks share, `layers` on average"
+    )
     structure: Literal["cospadi", "low_rank", "auto"] = Field(
         default="auto",
         description="auto: of the dictionary and the pivoted whitened SVD of the same size, the one with the lower "
@@ -105,7 +108,13 @@ class CoSpaDiOptions(BaseModel, extra="forbid"):
         default=None, description="backend that solves for the dictionary once more, given the final codes"
     )
 
-    BACKENDS: ClassVar[dict[str, str]] = {"coder": "sparse coder", "refit": "solver"}
+    BACKENDS: ClassVar[dict[str, str]] = {"coder": "sparse coder", "refit": "solver", "grouping": "grouping"}
+
+    @model_validator(mode="after")
+    def _groups_share(self) -> CoSpaDiOptions:
+        if self.grouping is not None and self.share != "layers":
+            raise ValueError("grouping: chooses the blocks that share, so it needs share: layers")
+        return self
 
 
 # --- factorisation ---------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class FinetuneRun(Pipeline):
 
     def _fingerprint(self) -> str:
         """Identifies all that the trained weights depend on."""
-        recipe = self.recipe.model_dump(mode="json", include={"finetune", "seed", "dtype", "device"})
+        recipe = self.recipe.model_dump(mode="json", include={"finetune", "convert", "seed", "dtype", "device"})
         path = Path(self.section.dataset or self.recipe.calibration.dataset).expanduser()
         models = [fingerprint(self.student)]
         if self.section.loss == "kd":
@@ -98,7 +98,7 @@ class FinetuneRun(Pipeline):
         from llmcompress_eval.text import evaluation_windows
 
         tokenizer, evaluation = load_tokenizer(self.student), self.recipe.eval
-        if self.section.method == "lrc" and not compressed_sites(self.student):
+        if self.section.method == "lrc" and not compressed_sites(self.student) and not self.recipe.convert:
             raise InputError(
                 f"finetune.method: lrc trains compressed sites, and {self.student.folder} has none; use full"
             )
@@ -116,6 +116,7 @@ class FinetuneRun(Pipeline):
             self.student, self.teacher, tokens, self.section, self.work,
             dtype=DTYPES.get(recipe.dtype) or stored_dtype(self.student), device=self.device, seed=recipe.seed,
             max_shard_size=recipe.max_shard_size, progress=self.progress, trust_remote_code=recipe.trust_remote_code,
+            convert=recipe.convert,
         )  # fmt: skip
 
     def _measure(self, result: Path, texts: dict[str, Windows]) -> dict[str, Any]:

@@ -9,22 +9,25 @@ from llmcompress.checkpoint.install import structured_layers
 from llmcompress.errors import InputError
 from llmcompress.finetune.optimizers import Named
 from llmcompress.layers.base import StructuredLinear
+from llmcompress.layers.converted import added_parameters
 from llmcompress.layers.sparse_dictionary import SparseDictionaryLinear
 
 
 def freeze_to_lrc(model: nn.Module) -> Named:
     """Leaves only the factors of structured layers to train; embeddings, head, dense sites, norms, biases are frozen.
 
-    Sparse codes keep their mask. A tensor that several layers share is one parameter, named once.
-    InputError if the model has no structured layer. Source: arXiv 2407.11239, section 3.2.
+    Sparse codes keep their mask. A tensor that several layers share is one parameter, named once. Adapters that were
+    added train too. InputError if the model has neither. Source: arXiv 2407.11239, section 3.2.
     """
-    layers = structured_layers(model)
-    if not layers:
+    layers, added = structured_layers(model), added_parameters(model)
+    if not layers and not added:
         raise InputError("finetune.method: lrc trains compressed sites, and this model has none; use full")
     model.requires_grad_(False)
     for layer in layers.values():
         for parameter in factors(layer):
             parameter.requires_grad_(True)
+    for parameter in added:
+        parameter.requires_grad_(True)
     return trainable(model)
 
 

@@ -46,7 +46,16 @@ class AdamW:
 
 
 def build_optimizer(choice: Choice, parameters: Named, lr: float) -> torch.optim.Optimizer:
-    """The optimiser that a recipe names. InputError offers the nearest name for an unknown one."""
+    """The optimiser that a recipe names. InputError offers the nearest name for an unknown one.
+
+    Parameters with an attribute `lr_share` have that share of the learning rate, and no weight decay.
+    """
     entry = catalog.get("optimizer", choice.name).load()
     optimizer: torch.optim.Optimizer = entry(entry.Options(**choice.options)).build(parameters, lr)
+    shares: set[float] = {getattr(p, "lr_share", 1.0) for _, p in parameters}
+    for share in sorted(shares - {1.0}):
+        apart = [p for _, p in parameters if getattr(p, "lr_share", None) == share]
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if getattr(p, "lr_share", None) != share]
+        optimizer.add_param_group({"params": apart, "lr": share * lr, "weight_decay": 0.0})
     return optimizer

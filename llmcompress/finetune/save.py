@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from llmcompress.checkpoint.install import structured_layers
-from llmcompress.checkpoint.quantizer import attach
+from llmcompress.checkpoint.quantizer import attach, has_own_format
 from llmcompress.checkpoint.verify import checksums
 from llmcompress.models.load import Location, load_tokenizer, quiet_transformers
 from llmcompress.workspace import disk_errors
@@ -19,11 +18,11 @@ def save_trained(
 ) -> None:
     """Weights in `dtype`, packed codes as they are, checksums in the config; the tokenizer from `origin`."""
     model.to(dtype)
-    if structured_layers(model):
+    if has_own_format(model):
         attach(model)
     with disk_errors(folder), quiet_transformers():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        if structured_layers(model):
+        if has_own_format(model):
             model.config.quantization_config.checksums = checksums(folder)
             model.config.save_pretrained(folder)
             model.config.quantization_config.checksums = {}

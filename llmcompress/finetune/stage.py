@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
+from llmcompress.backends.choice import Backend
+from llmcompress.backends.ports import Layer
 from llmcompress.checkpoint.install import build_layer
+from llmcompress.errors import InputError
 from llmcompress.finetune.save import save_trained
 from llmcompress.finetune.train import train
 from llmcompress.models.load import Location, load_model, read_config
@@ -41,25 +44,31 @@ def train_checkpoint(
     max_shard_size: str,
     progress: Progress,
     trust_remote_code: bool = False,
+    convert: Sequence[Backend] = (),
 ) -> Path:
     """Trains the model at `student` on tokens (rows, length) and returns the folder of the result, in `work`.
 
     In `work` lie the checkpoints from which an interrupted run goes on, `tuned`, the finished model, and
-    training.json, what `train` reports. Weights are trained in float32 and written in `dtype`. Errors: see `train`.
+    training.json, what `train` reports. Weights are trained in float32 and written in `dtype`. convert: backends that
+    change the model beforehand. Errors: see `train`, and the backends' own.
     """
     tuned = work / "tuned"
     if tuned.is_dir():
         return tuned
     options = {"trust_remote_code": trust_remote_code}
     model = load_model(student, torch.float32, **options)
+    changes = convert_layers(model, convert, seed)
     distils = section.loss == "kd"
     teaching = load_model(teacher, torch.bfloat16 if section.bf16 else torch.float32, **options) if distils else None
     training = train(
-        model, tokens, section, work / "training", teacher=teaching, seed=seed, device=device, progress=progress
-    )
+        model, tokens, section, work / "training", teacher=teaching, seed=seed, device=device, progress=progress,
+        callbacks=[callback for change in changes for callback in change.callbacks()],
+    )  # fmt: skip
     del teaching
     gc.collect()
     if training.kept == 0:
+        for change in changes:
+            change.undo(model)
         log.warning("fine-tuning lowered no validation loss: the model is kept as it was; try another finetune.lr")
     if is_main_process():
         part = work / "tuned.part"
@@ -71,6 +80,20 @@ def train_checkpoint(
         replace_durably(part, tuned)
         shutil.rmtree(work / "training", ignore_errors=True)
     return tuned
+
+
+def convert_layers(model: PreTrainedModel, convert: Sequence[Backend], seed: int) -> list[Layer]:
+    """Lets each backend change the model in place. InputError naming the recipe's key if one cannot."""
+    changes: list[Layer] = []
+    for index, chosen in enumerate(convert):
+        change = chosen.build("layer")
+        try:
+            names = change.convert(model, torch.Generator().manual_seed(seed + index))
+        except InputError as error:
+            raise InputError(f"convert.{index}: {error}") from None
+        log.info("%s: %s", chosen.name, ", ".join(names))
+        changes.append(change)
+    return changes
 
 
 def read_report(work: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from llmcompress.errors import InputError, RunError
 from llmcompress.finetune.data import check_teacher, check_tokens, split
@@ -73,11 +73,12 @@ def train(
     seed: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Training:
     """Trains `model` in place on tokens (rows, length) int64; checkpoints in `folder`, from which it goes on.
 
-    The model's weights are float32; sparse dictionaries are rounded to their stored form at the end. All processes
-    of a distributed run call this.
+    callbacks: of transformers' Trainer, beside its own. The model's weights are float32; sparse dictionaries are
+    rounded to their stored form at the end. All processes of a distributed run call this.
     InputError: nothing to train, sequences too long, tokens unknown, a teacher of another vocabulary, or the folder
     is another run's. RunError: a loss or gradient that is not finite, naming the step.
     """
@@ -96,7 +97,15 @@ def train(
     with quiet_transformers():
         with _trainable(model):
             trainer = FinetuneTrainer(
-                prepared, args, section, rows, held_out, learns_from, progress or Silent(), _guidance(section, seed)
+                prepared,
+                args,
+                section,
+                rows,
+                held_out,
+                learns_from,
+                progress or Silent(),
+                _guidance(section, seed),
+                callbacks,
             )
         result = _run(trainer, folder)
     finish(prepared, section, result.kept > 0)

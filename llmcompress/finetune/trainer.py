@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,11 @@ class FinetuneTrainer(Trainer):
         teacher: PreTrainedModel | None,
         progress: Progress,
         guidance: SelfGuidedCallback | None = None,
+        also: Sequence[TrainerCallback] = (),
     ) -> None:
         self.section, self.teacher, self.guidance = section, teacher, guidance
         tokens = args.world_size * section.batch * section.accumulation * section.length
-        callbacks: list[TrainerCallback] = [ProgressCallback(progress, tokens)]
+        callbacks: list[TrainerCallback] = [ProgressCallback(progress, tokens), *also]
         if section.patience is not None and validation is not None:
             callbacks.append(EarlyStoppingCallback(section.patience))
         if guidance is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmcompress.errors import InputError
-from llmcompress.models.structure import no_cache
+from llmcompress.models.structure import analyse, no_cache
 from llmcompress.types import Site
 
 
@@ -105,3 +105,28 @@ def _places(values: Site, found: Tensor) -> Tensor:
     if not torch.allclose(found, rows.float()) or int(rows.min()) < 0 or int(rows.max()) >= values.d_out:
         raise InputError(f"{values.name}: what attention makes of its values is not understood; use match: none")
     return rows
+
+
+def head_weights(model: PreTrainedModel, matrix: str) -> tuple[Tensor, Tensor, list[str]]:
+    """Weights (n, d_head, d) of all heads of a map, float32; the block of each (n,) int64; and names, PATH[HEAD].
+
+    matrix: role (q, k, v, o) or leaf name of the map, which heads divide by rows, or o by columns. InputError if no
+    block has it, or blocks differ in its shape.
+    """
+    sites = [site for site in analyse(model).sites if matrix in (site.role, site.name.rpartition(".")[2])]
+    if not sites:
+        raise InputError(f"no block has a map '{matrix}' that is understood; see `llmcompress inspect`")
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    by_column = sites[0].role == "o"
+    divided = sites[0].d_in if by_column else sites[0].d_out
+    if len({(site.d_in, site.d_out) for site in sites}) > 1 or divided % width:
+        raise InputError(f"'{matrix}': it does not divide into heads of {width} alike in all blocks")
+    count = divided // width
+    parts = []
+    for site in sites:
+        weight = model.get_submodule(site.name).get_parameter("weight").detach().float()
+        rows = weight.T if site.transposed != by_column else weight
+        parts.append(rows.reshape(count, width, -1))
+    blocks = torch.tensor([site.block for site in sites]).repeat_interleave(count)
+    return torch.cat(parts), blocks, [f"{site.name}[{head}]" for site in sites for head in range(count)]

@@ -13,14 +13,15 @@ from rich.console import Console
 from llmcompress import InputError, Recipe, catalog
 from llmcompress.analyze import analyze_model, build_analysis, gather, parse_options
 from llmcompress.backends.choice import Backend
-from llmcompress.backends.ports import PORTS, Analysis
+from llmcompress.backends.ports import PORTS, Analysis, Subject
 from llmcompress.backends.report import Curve, Report
 from llmcompress.calibration.collect import InputStatistics
 from llmcompress.calibration.text import pack, tokenize
 from llmcompress.compressors.svd_llm import refit_by, refit_output_factor
+from llmcompress.models.load import Location, load_model
 from llmcompress.pipeline import Pipeline
 from llmcompress.types import Site
-from tests.tiny import recipe, save_tiny, write_text
+from tests.tiny import recipe, save_tiny, tiny_model, tiny_tokenizer, write_text
 
 SAMPLERS = catalog.names("backend", "sampler")
 SOLVERS = catalog.names("backend", "solver")
@@ -197,6 +198,109 @@ def test_coders_in_recipes(name, folder, text, tmp_path):
     assert outcome.metrics["size"]["targeted"]["compressed"] <= plain.metrics["size"]["targeted"]["compressed"]
 
 
+# --- groupings -------------------------------------------------------------------------------------------------------
+
+GROUPINGS = catalog.names("backend", "grouping")
+BASELINES = {"uniform", "random", "k_means"}  # they have no analysis
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Nine blocks, of which every third reads the same directions."""
+    model = tiny_model("llama", num_hidden_layers=9)
+    with torch.no_grad():
+        planes = [torch.linalg.qr(torch.randn(32, 6, generator=generator(i)))[0] for i in range(3)]
+        for index, layer in enumerate(model.model.layers):
+            for part in (layer.self_attn, layer.mlp):
+                for module in (m for m in part.children() if isinstance(m, torch.nn.Linear) and m.in_features == 32):
+                    module.weight.copy_(2 * module.weight @ planes[index % 3] @ planes[index % 3].T)
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def groups_told(caplog):
+    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("compress.0.grouping: ")]
+    return {m.split()[1]: m.partition("blocks ")[2].split("; ") for m in told}
+
+
+PLANTED = {"bootstrap_amg": {"neighbors": 2, "attributes": []}}  # depth says nothing in this model
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [*(("basis_sharing", name) for name in GROUPINGS), ("cospadi", "bootstrap_amg")]
+)
+def test_groupings_choose_the_blocks_that_share(method, name, deep, text, tmp_path, caplog):
+    """Every grouping in both methods: as many groups as without, a checkpoint that loads, the same groups again."""
+    step = {"method": method, "layers": 3, "targets": ["q", "up"], "ratio": 0.3}
+    step["grouping"] = {"name": name, **PLANTED.get(name, {})}
+    step |= {"share": "layers", "structure": "low_rank"} if method == "cospadi" else {}
+    with caplog.at_level(logging.INFO, "llmcompress"):
+        outcome = Pipeline(Recipe.parse(recipe(deep, text, tmp_path / "out", **step)), _Quiet()).run()
+    found = groups_told(caplog)
+    assert set(found) == {"q", "up"}
+    for groups in found.values():
+        assert len(groups) == 3
+        assert sorted(int(block) for group in groups for block in group.split()) == list(range(9))
+    if name in ("k_means", "bootstrap_amg"):  # those that see subspaces
+        assert sorted(found["q"]) == ["0 3 6", "1 4 7", "2 5 8"]
+    model = load_model(Location(tmp_path / "out"))
+    layers = model.model.layers
+    for group in found["q"]:
+        first, *others = [layers[int(block)].self_attn.q_proj for block in group.split()]
+        assert all(other.A is first.A for other in others)
+    assert outcome.metrics["size"]["targeted"]["removed"] >= 0.3
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "llmcompress"):
+        Pipeline(Recipe.parse(recipe(deep, text, tmp_path / "again", **step)), _Quiet()).run()
+    assert groups_told(caplog) == found
+
+
+def test_groups_that_read_alike_lose_less(deep, text, tmp_path):
+    """Where every third block reads the same directions, neighbours are the wrong ones to share with."""
+    loss = {}
+    for name in (None, "random", "k_means", "bootstrap_amg"):
+        step = {"method": "basis_sharing", "layers": 3, "targets": ["q"], "ratio": 0.5}
+        step["grouping"] = name and {"name": name, **PLANTED.get(name, {})}
+        given = Recipe.parse(recipe(deep, text, tmp_path / str(name), **step))
+        Pipeline(given, _Quiet()).run()
+        dense, made = load_model(Location(deep)), load_model(Location(tmp_path / str(name)))
+        loss[name] = sum(
+            float((a.self_attn.q_proj.weight - b.self_attn.q_proj.to_dense()).detach().square().sum())
+            for a, b in zip(dense.model.layers, made.model.layers, strict=True)
+        )
+    print(loss)
+    assert loss["bootstrap_amg"] <= 1e-6 * loss[None]
+    assert loss["k_means"] <= 1e-6 * loss[None]
+    assert loss["random"] > 1e3 * loss["k_means"]
+
+
+def test_a_grouping_that_cannot_names_its_key(folder, text, tmp_path):
+    step = {"method": "basis_sharing", "layers": 1, "targets": ["q"], "grouping": "ila_sdp"}
+    with pytest.raises(InputError, match=r"compress\.0\.grouping: q of 3 blocks in 3 groups: X must have at least 4"):
+        Pipeline(Recipe.parse(recipe(folder, text, tmp_path / "out", **step)), _Quiet()).run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_groups_of_the_real_models_heads(smollm2):
+    """One basis a group of query heads: the graph's groups against depth order, k-means and random ones."""
+    whole = Subject([], {}, {}, {}, model=smollm2, tokens=torch.zeros(1, 1, dtype=torch.long))
+    found = report("bootstrap_amg", whole)
+    error = {row["groups"]: row["error"] for row in cells(found)}
+    print(error)
+    assert error["bootstrap AMG, graph alone"] <= 0.985 * error["k-means"]
+    assert error["bootstrap AMG"] <= 0.97 * error["random"]
+    assert abs(error["bootstrap AMG"] / error["contiguous"] - 1) <= 0.03  # a tie with depth order
+    found = report("ila_sdp", whole)
+    objective = {row["groups"]: row["profile objective"] for row in cells(found)}
+    starts = [value for name, value in objective.items() if name.startswith("EM")]
+    print(objective)
+    assert objective["iLA-SDP"] >= objective["k-means"] - 1e-6
+    assert objective["iLA-SDP"] >= max(starts) - 1e-6
+    assert objective["iLA-SDP"] - min(starts) >= 10
+
+
 # --- recipes are checked ---------------------------------------------------------------------------------------------
 
 
@@ -214,6 +318,11 @@ def test_coders_in_recipes(name, folder, text, tmp_path):
         ({"compress": [{"method": "svd_llm", "solver": "linf_sketch"}]}, "it needs refit: true"),
         ({"compress": [{"method": "cospadi", "coder": {"name": "kronecker_sbl", "step": 1}}]},
          r"compress\.0\.coder\.step: unknown key"),
+        ({"compress": [{"method": "basis_sharing", "grouping": "bootstrap_agm"}]},
+         r"compress\.0\.grouping: unknown grouping 'bootstrap_agm'; did you mean 'bootstrap_amg'\?"),
+        ({"compress": [{"method": "basis_sharing", "grouping": {"name": "k_means", "rnk": 3}}]},
+         r"compress\.0\.grouping\.rnk: unknown key; did you mean 'rank'\?"),
+        ({"compress": [{"method": "cospadi", "grouping": "k_means"}]}, "it needs share: layers"),
     ],
 )  # fmt: skip
 def test_bad_choices_are_named(change, message):
@@ -334,9 +443,9 @@ def test_weight_tiles_are_not_kronecker_sparse(subject):
     assert row["|w|·norm"] <= row["am"]  # it does not win, and the report says so
 
 
-def test_every_backend_but_the_baseline_has_an_analysis():
+def test_every_backend_but_the_baselines_has_an_analysis():
     for entry in catalog.entries():
-        if entry.kind == "backend" and entry.name != "uniform":
+        if entry.kind == "backend" and entry.name not in BASELINES:
             loaded = entry.load()
             assert isinstance(loaded(loaded.Options()), Analysis), entry.name
 
