@@ -27,6 +27,9 @@ from rich.table import Table
 from llmcompress.backends.analysis.dual_smoothing import DualSmoothedClassifier, SmoothedClassifier, even_odd
 from llmcompress.backends.analysis.gp_pde import GPHM, fit_series
 from llmcompress.backends.analysis.singular_density import DeepDensity, fit_together
+from llmcompress.backends.recovery.matrix_completion import AltMinCompletion, multi_regression
+from llmcompress.backends.recovery.matrix_sensing import IdentityOperator, sense_asymmetric
+from llmcompress.backends.recovery.subgradient import QuadraticProbes, SubGMRecovery
 from llmcompress.backends.regression.block_coordinate import GramLeastSquares, solve_gram
 from llmcompress.backends.regression.conjugate_direction import cg, dcdm, fit_gram_direction
 from llmcompress.backends.regression.kronecker_sbl import KroneckerSBL, classic_sbl, kron_matvec
@@ -160,6 +163,35 @@ def singular_density(count: int) -> Case:
     return together, lambda: [model.fit(x, 0.1, steps=20) for model in models], 0.0
 
 
+def completion(n: int) -> Case:
+    M = randn(n, 8) @ randn(8, n)
+    mask = torch.rand(n, n, generator=generator()) < 0.2
+    fit = lambda: AltMinCompletion(8, n_rounds=10, tol=1e-14).fit_mask(M, mask)  # noqa: E731
+    flops = fit().flops_
+    return fit, lambda: torch.linalg.svd(M, full_matrices=False), flops
+
+
+def completion_exact(k: int) -> Case:
+    rows, cols = torch.arange(1000).repeat_interleave(100), torch.arange(100).repeat(1000)
+    A, values = randn(1000, k), randn(100_000)
+    sketched = lambda: multi_regression(A, rows, cols, values, 100, tol=0.0, max_iter=5)  # noqa: E731
+    exact = lambda: multi_regression(A, rows, cols, values, 100, method="exact")  # noqa: E731
+    return sketched, exact, sketched()[1].flops
+
+
+def sensing(n: int) -> Case:
+    M, op = randn(n, n), IdentityOperator(n, n)
+    descend = lambda: sense_asymmetric(op, M.flatten(), 32, 1.0, max_iter=20, generator=generator())  # noqa: E731
+    return descend, lambda: torch.linalg.svd(M), 20 * 6 * 32 * n * n
+
+
+def subgradient(d: int) -> Case:
+    probes, rows = QuadraticProbes(randn(2000, d), randn(2000, d).flip(0)), randn(2000, d)
+    y = probes.read(randn(d, 3))
+    fit = lambda: SubGMRecovery(16, alpha=0.5, max_iter=50).fit(probes, y)  # noqa: E731
+    return fit, lambda: rows.T @ rows, 50 * 8 * 2000 * d * 16
+
+
 #: name -> (case, sizes, what is compared with)
 CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "sensitivity": (sensitivity, [4096, 8192, 16384, 32768], "full SVD"),
@@ -175,6 +207,10 @@ CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "gp_pde": (gp_pde, [12, 24, 48], "Cholesky without structure"),
     "gp_pde, series": (gp_series, [32, 64, 128, 256], "lstsq"),
     "singular_density": (singular_density, [1, 2, 4, 8], "one by one"),
+    "matrix_completion": (completion, [200, 400, 800], "full SVD, all seen"),
+    "matrix_completion, regressions of k columns": (completion_exact, [8, 16, 32, 64], "exact"),
+    "matrix_sensing": (sensing, [128, 256, 512], "full SVD"),
+    "subgradient": (subgradient, [64, 128, 256, 512], "the Gram itself"),
     "kronecker_sbl": (kronecker_sbl, [10, 20, 30], "SBL without structure"),
 }
 

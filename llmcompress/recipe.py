@@ -78,12 +78,26 @@ class Calibration(Section):
         None, description="backend that summarises each input's rows in one pass; its findings are logged"
     )
 
+    gram: Backend | None = Field(
+        None, description="recovery backend that finds each input's Gram from readings of its rows; summed if absent"
+    )
+
     def build_sampler(self) -> Any:
         return self.sampler.build("sampler") if self.sampler else None
 
     def stream_factory(self) -> Any:
         """Builds a new summary at every call; None without one."""
         return functools.partial(self.stream.build, "stream") if self.stream else None
+
+    def gram_factory(self) -> Any:
+        """Builds a new recovery of a Gram at every call; None without one."""
+        return functools.partial(self.gram.build, "recovery") if self.gram else None
+
+    @model_validator(mode="after")
+    def _one_way_to_a_gram(self) -> Self:
+        if self.gram is not None and self.sampler is not None:
+            raise ValueError("gram: is recovered from all rows; leave sampler out")
+        return self
 
 
 class Compress(BaseModel):
@@ -264,6 +278,7 @@ class Recipe(Section):
             raise InputError(f"{source}: {_first_error(error, cls)}") from None
         for port in ("sampler", "stream"):
             _check_backend(f"{source}: calibration.{port}", getattr(recipe.calibration, port), port)
+        _check_backend(f"{source}: calibration.gram", recipe.calibration.gram, "recovery", "gram")
         for index, step in enumerate(recipe.compress):
             at = f"compress.{index}"
             _check_choice(f"{source}: {at}.method", "compressor", step.method)
@@ -320,10 +335,11 @@ def _check_choice(at: str, kind: str, name: str) -> None:
         raise InputError(f"{at}: {error}") from None
 
 
-def _check_backend(at: str, given: Any, port: str | None) -> None:
+def _check_backend(at: str, given: Any, port: str | None, method: str | None = None) -> None:
     """InputError unless `given` (None, a name or a mapping) is a backend with options that it has.
 
-    port: where it has to plug in; None: it has to offer an analysis, wherever it does.
+    port: where it has to plug in; None: it has to offer an analysis, wherever it does. method: what it has to offer
+    beyond its port.
     """
     if given is None:
         return
@@ -334,6 +350,8 @@ def _check_backend(at: str, given: Any, port: str | None) -> None:
         raise InputError(f"{at}: {error}") from None
     if port is None and not hasattr(backend, "analyze"):
         raise InputError(f"{at}: the backend '{choice.name}' has no analysis")
+    if method is not None and not hasattr(backend, method):
+        raise InputError(f"{at}: the backend '{choice.name}' recovers no {method}")
     _check_options(at, backend.Options, choice.options, tuple(type(choice).model_fields))
 
 

@@ -113,6 +113,19 @@ class Recovery(Protocol):
         """A (m, r), B (r, n) with A B ≈ entries (m, n) where `observed` (m, n) is true (everywhere if None)."""
 
 
+class GramRecovery(Protocol):
+    """What a recovery may offer too: a Gram from rows that are seen once. A new object for each input."""
+
+    def start(self, rows: int, d: int, generator: torch.Generator) -> None:
+        """Before the first row: how many will come, and their length."""
+
+    def update(self, rows: Tensor) -> None:
+        """The next rows (b, d)."""
+
+    def gram(self) -> tuple[Tensor, list[str]]:
+        """After the last row: their Gram (d, d) float64, and findings, one line each."""
+
+
 class Stream(Protocol):
     """Summarises rows that are seen once. A new object for each stream."""
 
