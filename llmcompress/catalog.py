@@ -125,6 +125,8 @@ _ENTRIES = (
           "recovery", summary="factors by the l1 loss; Grams that bad batches do not ruin"),
     Entry("mfac", "backend", "llmcompress.backends.curvature.mfac:SequenceFisher", "2107.03356", "curvature",
           "curvature", summary="inverse Fisher products of sequence gradients; pruning by them"),
+    Entry("flag", "backend", "llmcompress.backends.optim.flag_aggregator:Flag", "2302.05865", "optim", "aggregator",
+          summary="gradients by the subspace that most workers agree on: a broken one ruins nothing"),
     Entry("low_rank", "layer", "llmcompress.layers.low_rank:LowRankLinear"),
     Entry("block_dense", "layer", "llmcompress.layers.block:BlockDenseLinear"),
     Entry("block_shuffle", "layer", "llmcompress.layers.block:BlockShuffleLinear"),

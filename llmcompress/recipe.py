@@ -222,6 +222,10 @@ class Finetune(Section):
     )
     patience: int | None = Field(None, ge=1, description="stop after so many validations without a gain")
     lora_rank: int = Field(16, ge=1, description="lora: rank of the adapters")
+    aggregator: Backend | None = Field(
+        None,
+        description="backend that merges the gradients of the processes, or one's batches of a step; mean if absent",
+    )
     self_guided: SelfGuided | None = Field(None, description="lrc, full: guide the structured layers by dense ones")
 
     @model_validator(mode="after")
@@ -230,6 +234,10 @@ class Finetune(Section):
             raise ValueError(f"self_guided: guides layers that train; use method lrc or full, not {self.method}")
         if self.self_guided is not None and self.patience is not None:
             raise ValueError("self_guided: the layers gain little before the guide has gone; leave patience out")
+        if self.self_guided is not None and self.optimizer.name == "mfac":
+            raise ValueError(
+                "self_guided: mfac keeps gradients of all that trains, and the guides go; use another optimizer"
+            )
         return self
 
 
@@ -295,6 +303,7 @@ class Recipe(Section):
             optimizer, at = recipe.finetune.optimizer, f"{source}: finetune.optimizer"
             _check_choice(at, "optimizer", optimizer.name)
             _check_options(at, catalog.get("optimizer", optimizer.name).load().Options, optimizer.options, ("name",))
+            _check_backend(f"{source}: finetune.aggregator", recipe.finetune.aggregator, "aggregator")
         for index, chosen in enumerate(recipe.analysis):
             _check_backend(f"{source}: analysis.{index}", chosen, None)
         try:

@@ -20,7 +20,10 @@ from llmcompress.types import Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PORTS = ("sampler", "solver", "sparse coder", "recovery", "stream", "curvature", "grouping", "layer", "analysis")
+PORTS = (
+    "sampler", "solver", "sparse coder", "recovery", "stream", "curvature", "aggregator", "grouping", "layer",
+    "analysis",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,19 @@ class Curvature(Protocol):
 
     def inverse_product(self, vector: Tensor) -> Tensor:
         """H⁻¹ v for v (d,) or (d, k)."""
+
+
+class Aggregator(Protocol):
+    """Makes one gradient of several workers', of which some may be bad."""
+
+    #: each worker's standing in the last aggregate (p,): near 0 for a bad one
+    values_: Tensor
+
+    def coefficients(self, gram: Tensor) -> Tensor:
+        """Weights (p,) of the workers' gradients, from their Gram (p, p) float64."""
+
+    def aggregate(self, grads: Tensor) -> Tensor:
+        """(p, n) -> (n,)."""
 
 
 class Grouping(Protocol):
