@@ -485,7 +485,7 @@ def test_an_aggregator_outvotes_a_bad_batch(bad, tmp_path, monkeypatch):
     print(after, start)
     assert after["flag"] < start
     if bad:
-        assert after[None] == start, "the mean does harm alone, which is undone"
+        assert start - after["flag"] > 10 * (start - after[None]), "the mean gains next to nothing"
     else:
         assert after["flag"] == pytest.approx(after[None], abs=0.05 * start)
 
