@@ -36,6 +36,9 @@ from llmcompress.backends.graphs.bootstrap_amg import bootstrap, spd_laplacian
 from llmcompress.backends.graphs.ila_sdp import likelihood_affinities, solve_la_sdp
 from llmcompress.backends.graphs.k_means import k_means
 from llmcompress.backends.graphs.one_connection import MixedGraph, implied_covariance, path_decomposition
+from llmcompress.backends.recovery.matrix_completion import AltMinCompletion, multi_regression
+from llmcompress.backends.recovery.matrix_sensing import IdentityOperator, sense_asymmetric
+from llmcompress.backends.recovery.subgradient import QuadraticProbes, SubGMRecovery
 from llmcompress.backends.regression.block_coordinate import GramLeastSquares, solve_gram
 from llmcompress.backends.regression.conjugate_direction import cg, dcdm, fit_gram_direction
 from llmcompress.backends.regression.kronecker_sbl import KroneckerSBL, classic_sbl, kron_matvec
@@ -250,6 +253,35 @@ def one_connection(n: int) -> Case:
     return paths, lambda: implied_covariance(G, Lambda, noise), 0.0
 
 
+def completion(n: int) -> Case:
+    M = randn(n, 8) @ randn(8, n)
+    mask = torch.rand(n, n, generator=generator()) < 0.2
+    fit = lambda: AltMinCompletion(8, n_rounds=10, tol=1e-14).fit_mask(M, mask)  # noqa: E731
+    flops = fit().flops_
+    return fit, lambda: torch.linalg.svd(M, full_matrices=False), flops
+
+
+def completion_exact(k: int) -> Case:
+    rows, cols = torch.arange(1000).repeat_interleave(100), torch.arange(100).repeat(1000)
+    A, values = randn(1000, k), randn(100_000)
+    sketched = lambda: multi_regression(A, rows, cols, values, 100, tol=0.0, max_iter=5)  # noqa: E731
+    exact = lambda: multi_regression(A, rows, cols, values, 100, method="exact")  # noqa: E731
+    return sketched, exact, sketched()[1].flops
+
+
+def sensing(n: int) -> Case:
+    M, op = randn(n, n), IdentityOperator(n, n)
+    descend = lambda: sense_asymmetric(op, M.flatten(), 32, 1.0, max_iter=20, generator=generator())  # noqa: E731
+    return descend, lambda: torch.linalg.svd(M), 20 * 6 * 32 * n * n
+
+
+def subgradient(d: int) -> Case:
+    probes, rows = QuadraticProbes(randn(2000, d), randn(2000, d).flip(0)), randn(2000, d)
+    y = probes.read(randn(d, 3))
+    fit = lambda: SubGMRecovery(16, alpha=0.5, max_iter=50).fit(probes, y)  # noqa: E731
+    return fit, lambda: rows.T @ rows, 50 * 8 * 2000 * d * 16
+
+
 #: name -> (case, sizes, what is compared with)
 CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "sensitivity": (sensitivity, [4096, 8192, 16384, 32768], "full SVD"),
@@ -269,6 +301,10 @@ CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "spd_batchnorm": (spd_batchnorm, [96, 192, 384], "ten barycentre steps"),
     "augmented_covariance": (augmented_covariances, [2, 4, 8, 16], "plain covariance"),
     "ponita": (ponita, [64, 128, 256, 512], "full kernel"),
+    "matrix_completion": (completion, [200, 400, 800], "full SVD, all seen"),
+    "matrix_completion, regressions of k columns": (completion_exact, [8, 16, 32, 64], "exact"),
+    "matrix_sensing": (sensing, [128, 256, 512], "full SVD"),
+    "subgradient": (subgradient, [64, 128, 256, 512], "the Gram itself"),
     "kronecker_sbl": (kronecker_sbl, [10, 20, 30], "SBL without structure"),
     "bootstrap_amg": (bootstrap_amg, [500, 1000, 2000], "eigh"),
     "ila_sdp": (ila_sdp, [50, 100, 200], "k-means"),

@@ -1,4 +1,4 @@
-"""What training after compression recovers and costs: losses, methods, and the fit of blocks, side by side.
+"""What training after compression recovers and costs: losses, methods, optimisers, the fit of blocks, side by side.
 
     python benchmarks/finetune.py --data DATA --base runs/cospadi-30     # a compressed SmolLM2-135M-Instruct
 
@@ -49,6 +49,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "lrc": {"of": "base", "method": "lrc", "loss": "ce", "lr": 5e-5},
     "full": {"of": "base", "method": "full", "loss": "ce", "lr": 5e-5},
     "lora": {"of": "base", "method": "lora", "loss": "ce", "lr": 5e-4},
+}
+#: learning rates are those of the optimiser's own units
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"of": "base", "loss": "kd", "lr": 5e-5, "optimizer": "adamw"},
+    "muon": {"of": "base", "loss": "kd", "lr": 1e-3, "optimizer": "muon"},
+    "auon": {"of": "base", "loss": "kd", "lr": 2e-2, "optimizer": "auon"},
+    "mfac": {"of": "base", "loss": "kd", "lr": 1e-4, "optimizer": {"name": "mfac", "window": 16}},
 }
 BLOCKS: dict[str, dict[str, Any]] = {
     f"{method}{', propagate' if propagate else ''}": {"method": method, "propagate": propagate}
@@ -168,11 +175,19 @@ def recovery(results: Results, options: argparse.Namespace) -> Table:
 
 
 def methods(results: Results, options: argparse.Namespace) -> Table:
-    """Equal steps, and as many steps as take the time that lrc takes for them."""
-    columns = ("steps", "WikiText-2", "python-docs", "tokens/CPU s", "of GEMM rate", "trained", "optimiser MiB")
-    table = Table("method", *columns, "peak GiB")
+    return compared(results, options, METHODS, "method")
+
+
+def optimizers(results: Results, options: argparse.Namespace) -> Table:
+    return compared(results, options, OPTIMIZERS, "optimizer")
+
+
+def compared(results: Results, options: argparse.Namespace, runs: dict[str, dict[str, Any]], what: str) -> Table:
+    """Equal steps, and as many steps as take the time that the first run takes for them."""
+    columns = ("steps", "WikiText-2", "python-docs", "CPU s/step", "tokens/CPU s", "of GEMM rate", "trained")
+    table = Table(what, *columns, "optimiser MiB", "peak GiB")
     first = None
-    for name, run in METHODS.items():
+    for name, run in runs.items():
         counts = [options.compare_steps]
         for steps in counts:
             arguments = (measure_training, options.data, options.base, {**run, "steps": steps})
@@ -182,8 +197,9 @@ def methods(results: Results, options: argparse.Namespace) -> Table:
             if len(counts) == 1 and equal != steps:
                 counts.append(equal)
             table.add_row(
-                name, str(steps), *_shown(row), f"{row['tokens_per_cpu_second']:.1f}", f"{row['of_products']:.0%}",
-                f"{row['trained']:,}", f"{row['optimizer_bytes'] / 2**20:.0f}", f"{row['peak_bytes'] / 2**30:.1f}",
+                name, str(steps), *_shown(row), f"{row['cpu_seconds'] / steps:.1f}",
+                f"{row['tokens_per_cpu_second']:.1f}", f"{row['of_products']:.0%}", f"{row['trained']:,}",
+                f"{row['optimizer_bytes'] / 2**20:.0f}", f"{row['peak_bytes'] / 2**30:.1f}",
             )  # fmt: skip
     return table
 
@@ -202,7 +218,7 @@ def _shown(row: dict[str, Any]) -> tuple[str, str]:
     return f"{row['wikitext2']:.2f}", f"{row['python-docs']:.2f}"
 
 
-TABLES = {"recovery": recovery, "methods": methods, "blocks": blocks}
+TABLES = {"recovery": recovery, "methods": methods, "optimizers": optimizers, "blocks": blocks}
 
 
 def main() -> None:
@@ -211,7 +227,7 @@ def main() -> None:
     parser.add_argument("--base", required=True, help="a compressed checkpoint of the model")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--steps", type=int, default=30, help="of 512 tokens, in the table of losses")
-    parser.add_argument("--compare-steps", type=int, default=16, help="of 512 tokens, in the table of methods")
+    parser.add_argument("--compare-steps", type=int, default=16, help="of 512 tokens, for methods and optimisers")
     parser.add_argument("--fit-steps", type=int, default=16, help="a block, of 4,096 tokens")
     parser.add_argument("--fit-lr", type=float, default=1e-3)
     parser.add_argument("--results", type=Path, default=Path("finetune.jsonl"))

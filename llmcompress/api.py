@@ -74,7 +74,7 @@ def compress(
     section = recipe.calibration
     settings = Settings(
         section.batch_tokens, section.backward_samples, section.targets, seed,
-        recipe.block_recovery, section.build_sampler(), section.stream_factory(),
+        recipe.block_recovery, section.build_sampler(), section.stream_factory(), section.gram_factory(),
     )  # fmt: skip
     store = MemoryStore()
     training = model.training

@@ -41,6 +41,7 @@ class Settings:
     recovery: BlockRecovery | None = None
     sampler: Any = None  # a backend that chooses calibration rows, and a maker of one that summarises each input's
     stream: Callable[[], Any] | None = None
+    gram: Callable[[], Any] | None = None  # makes one recovery of an input's Gram
 
 
 class Engine:
@@ -160,7 +161,9 @@ class Engine:
         settings, rows = self.settings, self.tokens.numel()
         if not needs:  # rows that nothing is summed of need no choice
             return InputStatistics(sites, needs, self.runner.device)
-        return InputStatistics(sites, needs, self.runner.device, settings.sampler, settings.stream, rows, settings.seed)
+        return InputStatistics(
+            sites, needs, self.runner.device, settings.sampler, settings.stream, rows, settings.seed, settings.gram
+        )
 
     @staticmethod
     def _collected(collected: InputStatistics) -> dict[str, Statistics]:

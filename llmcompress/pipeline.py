@@ -132,6 +132,7 @@ class Pipeline:
         return Settings(
             calibration.batch_tokens, calibration.backward_samples, calibration.targets, self.recipe.seed,
             self.recipe.block_recovery, calibration.build_sampler(), calibration.stream_factory(),
+            calibration.gram_factory(),
         )  # fmt: skip
 
     def run(self) -> Outcome:

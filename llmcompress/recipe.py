@@ -89,6 +89,9 @@ class Calibration(Section):
     stream: Backend | None = Field(
         None, description="backend that summarises each input's rows in one pass; its findings are logged"
     )
+    gram: Backend | None = Field(
+        None, description="recovery backend that finds each input's Gram from readings of its rows; summed if absent"
+    )
 
     @model_validator(mode="after")
     def _has_text_to_mix(self) -> Self:
@@ -107,6 +110,16 @@ class Calibration(Section):
     def stream_factory(self) -> Any:
         """Builds a new summary at every call; None without one."""
         return functools.partial(self.stream.build, "stream") if self.stream else None
+
+    def gram_factory(self) -> Any:
+        """Builds a new recovery of a Gram at every call; None without one."""
+        return functools.partial(self.gram.build, "recovery") if self.gram else None
+
+    @model_validator(mode="after")
+    def _one_way_to_a_gram(self) -> Self:
+        if self.gram is not None and self.sampler is not None:
+            raise ValueError("gram: is recovered from all rows; leave sampler out")
+        return self
 
 
 class Compress(BaseModel):
@@ -235,6 +248,10 @@ class Finetune(Section):
     )
     patience: int | None = Field(None, ge=1, description="stop after so many validations without a gain")
     lora_rank: int = Field(16, ge=1, description="lora: rank of the adapters")
+    aggregator: Backend | None = Field(
+        None,
+        description="backend that merges the gradients of the processes, or one's batches of a step; mean if absent",
+    )
     self_guided: SelfGuided | None = Field(None, description="lrc, full: guide the structured layers by dense ones")
 
     @model_validator(mode="after")
@@ -243,6 +260,10 @@ class Finetune(Section):
             raise ValueError(f"self_guided: guides layers that train; use method lrc or full, not {self.method}")
         if self.self_guided is not None and self.patience is not None:
             raise ValueError("self_guided: the layers gain little before the guide has gone; leave patience out")
+        if self.self_guided is not None and self.optimizer.name == "mfac":
+            raise ValueError(
+                "self_guided: mfac keeps gradients of all that trains, and the guides go; use another optimizer"
+            )
         return self
 
 
@@ -294,6 +315,7 @@ class Recipe(Section):
             raise InputError(f"{source}: {_first_error(error, cls)}") from None
         for port in ("sampler", "stream"):
             _check_backend(f"{source}: calibration.{port}", getattr(recipe.calibration, port), port)
+        _check_backend(f"{source}: calibration.gram", recipe.calibration.gram, "recovery", "gram")
         for index, step in enumerate(recipe.compress):
             at = f"compress.{index}"
             _check_choice(f"{source}: {at}.method", "compressor", step.method)
@@ -310,6 +332,7 @@ class Recipe(Section):
             optimizer, at = recipe.finetune.optimizer, f"{source}: finetune.optimizer"
             _check_choice(at, "optimizer", optimizer.name)
             _check_options(at, catalog.get("optimizer", optimizer.name).load().Options, optimizer.options, ("name",))
+            _check_backend(f"{source}: finetune.aggregator", recipe.finetune.aggregator, "aggregator")
         for index, chosen in enumerate(recipe.convert):
             _check_backend(f"{source}: convert.{index}", chosen, "layer")
         if recipe.convert and (recipe.finetune is None or recipe.finetune.method not in ("full", "lrc")):
@@ -354,10 +377,11 @@ def _check_choice(at: str, kind: str, name: str) -> None:
         raise InputError(f"{at}: {error}") from None
 
 
-def _check_backend(at: str, given: Any, port: str | None) -> None:
+def _check_backend(at: str, given: Any, port: str | None, method: str | None = None) -> None:
     """InputError unless `given` (None, a name or a mapping) is a backend with options that it has.
 
-    port: where it has to plug in; None: it has to offer an analysis, wherever it does.
+    port: where it has to plug in; None: it has to offer an analysis, wherever it does. method: what it has to offer
+    beyond its port.
     """
     if given is None:
         return
@@ -368,6 +392,8 @@ def _check_backend(at: str, given: Any, port: str | None) -> None:
         raise InputError(f"{at}: {error}") from None
     if port is None and not hasattr(backend, "analyze"):
         raise InputError(f"{at}: the backend '{choice.name}' has no analysis")
+    if method is not None and not hasattr(backend, method):
+        raise InputError(f"{at}: the backend '{choice.name}' recovers no {method}")
     _check_options(at, backend.Options, choice.options, tuple(type(choice).model_fields))
 
 

@@ -20,7 +20,10 @@ from llmcompress.types import Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-PORTS = ("sampler", "solver", "sparse coder", "recovery", "stream", "curvature", "grouping", "layer", "analysis")
+PORTS = (
+    "sampler", "solver", "sparse coder", "recovery", "stream", "curvature", "aggregator", "grouping", "layer",
+    "analysis",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,19 @@ class Recovery(Protocol):
         """A (m, r), B (r, n) with A B ≈ entries (m, n) where `observed` (m, n) is true (everywhere if None)."""
 
 
+class GramRecovery(Protocol):
+    """What a recovery may offer too: a Gram from rows that are seen once. A new object for each input."""
+
+    def start(self, rows: int, d: int, generator: torch.Generator) -> None:
+        """Before the first row: how many will come, and their length."""
+
+    def update(self, rows: Tensor) -> None:
+        """The next rows (b, d)."""
+
+    def gram(self) -> tuple[Tensor, list[str]]:
+        """After the last row: their Gram (d, d) float64, and findings, one line each."""
+
+
 class Stream(Protocol):
     """Summarises rows that are seen once. A new object for each stream."""
 
@@ -137,6 +153,19 @@ class Curvature(Protocol):
 
     def inverse_product(self, vector: Tensor) -> Tensor:
         """H⁻¹ v for v (d,) or (d, k)."""
+
+
+class Aggregator(Protocol):
+    """Makes one gradient of several workers', of which some may be bad."""
+
+    #: each worker's standing in the last aggregate (p,): near 0 for a bad one
+    values_: Tensor
+
+    def coefficients(self, gram: Tensor) -> Tensor:
+        """Weights (p,) of the workers' gradients, from their Gram (p, p) float64."""
+
+    def aggregate(self, grads: Tensor) -> Tensor:
+        """(p, n) -> (n,)."""
 
 
 class Grouping(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.backends.ports import Sampler, Stream
+from llmcompress.backends.ports import GramRecovery, Sampler, Stream
 from llmcompress.errors import InputError, RunError
 from llmcompress.types import Site, Statistics
 
@@ -59,7 +59,8 @@ class InputStatistics:
     """Accumulates the forward statistics of a block's inputs: one `Statistics` a distinct input.
 
     `needs` chooses among gram, abs_sum and cross. With a sampler the rows are held until `finish`, and the sums are
-    those of the weighted rows that it keeps; `stream` makes one summary an input. `rows`: how many rows will come.
+    those of the weighted rows that it keeps; `stream` makes one summary an input, `gram` one recovery of its Gram,
+    which then is not summed. `rows`: how many rows will come.
     RunError names the site whose input is not finite.
     """
 
@@ -72,6 +73,7 @@ class InputStatistics:
         stream: Callable[[], Stream] | None = None,
         rows: int = 0,
         seed: int = 0,
+        gram: Callable[[], GramRecovery] | None = None,
     ) -> None:
         self.needs, self.device, self.sampler, self.seed = needs, device, sampler, seed
         self.sites = [site for site in sites if site.input == site.name]
@@ -82,6 +84,9 @@ class InputStatistics:
         self._streams = {site.name: stream() for site in self.sites} if stream else {}
         for site in self.sites if stream else ():
             self._streams[site.name].start(rows, site.d_in, self._generators[site.name])
+        self._grams = {site.name: gram() for site in self.sites} if gram and "gram" in needs else {}
+        for site in self.sites if self._grams else ():
+            self._grams[site.name].start(rows, site.d_in, self._generators[site.name])
 
     def _generator(self, site: Site) -> torch.Generator:
         """One an input, so that a resumed run draws what an undisturbed one does."""
@@ -113,7 +118,9 @@ class InputStatistics:
     def _add(self, site: Site, x: Tensor, magnitudes: Tensor, dense: Tensor | None) -> None:
         """Rows x and, where they are weighted by their squares, what `abs_sum` counts instead."""
         sums = self.sums[site.name]
-        if sums.gram is not None:
+        if site.name in self._grams:
+            self._grams[site.name].update(x)
+        elif sums.gram is not None:
             accumulate_gram(sums.gram, x)
         if sums.abs_sum is not None:
             sums.abs_sum += magnitudes.abs().sum(0)
@@ -121,13 +128,16 @@ class InputStatistics:
             accumulate_gram(sums.cross, x, dense)
 
     def finish(self) -> list[str]:
-        """After the last row: samples the held ones, ends the streams. Findings, one line each, with the site."""
+        """After the last row: samples the held ones, ends streams and recoveries. Findings, one line each."""
         notes = []
         for site in self.sites:
             if self.sampler is not None and self._held[site.name]:
                 notes += [f"{site.name}: {note}" for note in self._sample(site, self.sampler)]
             if site.name in self._streams:
                 notes += [f"{site.name}: {note}" for note in self._streams[site.name].finish()]
+            if site.name in self._grams and self.sums[site.name].tokens:
+                self.sums[site.name].gram, found = self._grams[site.name].gram()
+                notes += [f"{site.name}: {note}" for note in found]
         return notes
 
     def _sample(self, site: Site, sampler: Sampler) -> list[str]:

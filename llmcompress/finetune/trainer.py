@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
-from llmcompress.errors import RunError
+from llmcompress.backends.optim.allreduce import flat_gradient, put_gradient, robust_allreduce_
+from llmcompress.errors import InputError, RunError
 from llmcompress.finetune.losses import block_output_loss, distillation_loss, next_token_loss
 from llmcompress.finetune.lrc import trainable
 from llmcompress.finetune.optimizers import build_optimizer
@@ -58,6 +59,10 @@ class FinetuneTrainer(Trainer):
         also: Sequence[TrainerCallback] = (),
     ) -> None:
         self.section, self.teacher, self.guidance = section, teacher, guidance
+        self.rule: Any = section.aggregator.build("aggregator") if section.aggregator else None
+        if self.rule is not None and max(args.world_size, section.accumulation) < 2:
+            raise InputError("finetune.aggregator: needs several processes, or accumulation of at least 2")
+        self._rows: list[Tensor] = []
         tokens = args.world_size * section.batch * section.accumulation * section.length
         callbacks: list[TrainerCallback] = [ProgressCallback(progress, tokens), *also]
         if section.patience is not None and validation is not None:
@@ -94,10 +99,30 @@ class FinetuneTrainer(Trainer):
                 loss = loss + section.block_loss * distance
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if self.rule is not None:
+            with self.accelerator.no_sync(model):
+                robust: Tensor = super().training_step(model, *args, **kwargs)
+            self._aggregate()
+            return robust
+        loss: Tensor = super().training_step(model, *args, **kwargs)
         self._check_finite(loss, "loss")
         return loss
+
+    def _aggregate(self) -> None:
+        """One gradient of all processes', each the sum of its batches'; of a single process's batches."""
+        last = self.accelerator.sync_gradients
+        if self.args.world_size > 1:
+            if last:
+                robust_allreduce_(self.model, self.rule)
+            return
+        parameters = [parameter for _, parameter in trainable(self.model)]
+        self._rows.append(flat_gradient(parameters))
+        for parameter in parameters:
+            parameter.grad = None
+        if last:  # each is the gradient of its share of the step's mean
+            put_gradient(len(self._rows) * self.rule.aggregate(torch.stack(self._rows)), parameters)
+            self._rows = []
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)

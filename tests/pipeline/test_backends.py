@@ -14,6 +14,7 @@ from llmcompress import InputError, Recipe, catalog
 from llmcompress.analyze import analyze_model, build_analysis, gather, parse_options
 from llmcompress.backends.choice import Backend
 from llmcompress.backends.ports import PORTS, Analysis, Subject
+from llmcompress.backends.recovery.outliers import largest_entries
 from llmcompress.backends.report import Curve, Report
 from llmcompress.calibration.collect import InputStatistics
 from llmcompress.calibration.text import pack, tokenize
@@ -26,6 +27,7 @@ from tests.tiny import recipe, save_tiny, tiny_model, tiny_tokenizer, write_text
 SAMPLERS = catalog.names("backend", "sampler")
 SOLVERS = catalog.names("backend", "solver")
 CODERS = catalog.names("backend", "sparse coder")
+RECOVERIES = catalog.names("backend", "recovery")
 SITE = Site("x", "q", 0, 12, 5, "x")
 
 
@@ -540,3 +542,72 @@ def test_bad_analyses_in_a_recipe(folder, text, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             Recipe.parse(given | {"analysis": [section]})
+
+
+# --- recoveries ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECOVERIES)
+def test_recoveries_in_recipes(name, folder, text, tmp_path):
+    """The kept entries are exact in the checkpoint as it loads; the notes have the errors beside the SVD's."""
+    step = {
+        "method": "sparse_low_rank",
+        "ratio": 0.2,
+        "keep_outliers": 0.02,
+        "targets": ["q", "down"],
+        "recovery": name,
+    }
+    outcome = Pipeline(Recipe.parse(recipe(folder, text, tmp_path / "out", **step)), _Quiet()).run()
+    told = [note for note in _notes(outcome) if f"{name}, rank" in note]
+    assert len(told) == 6
+    assert all("relative error" in note and "; SVD " in note for note in told)
+    dense, loaded = (load_model(Location(path)) for path in (folder, tmp_path / "out"))
+    site = "model.layers.1.mlp.down_proj"
+    weight, layer = dense.get_submodule(site).weight, loaded.get_submodule(site)
+    mask = largest_entries(weight, 0.02)
+    torch.testing.assert_close(layer.to_dense()[mask], weight[mask], rtol=1e-5, atol=1e-6)
+    assert layer.entries == round(0.02 * weight.numel())
+    x = torch.randn(2, 5, layer.d_in, generator=generator())
+    torch.testing.assert_close(layer(x), x @ layer.to_dense().T)
+
+
+def test_a_gram_is_recovered_from_readings(folder, text, tmp_path, caplog):
+    base = recipe(folder, text, tmp_path / "out", targets=["q"])
+    base["calibration"]["gram"] = {"name": "subgradient", "rank": 16, "probes": 100, "max_iter": 700}
+    with caplog.at_level(logging.INFO, "llmcompress"):
+        metrics = Pipeline(Recipe.parse(base), _Quiet()).run().metrics
+    told = [record.getMessage() for record in caplog.records if "Gram recovered from" in record.getMessage()]
+    assert len(told) == 3
+    plain = Pipeline(Recipe.parse(recipe(folder, text, tmp_path / "plain", targets=["q"])), _Quiet()).run().metrics
+    assert [site["error"] for site in metrics["sites"]] != [site["error"] for site in plain["sites"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"calibration": {"gram": "matrix_sensing"}}, "the backend 'matrix_sensing' recovers no gram"),
+        ({"calibration": {"gram": {"name": "subgradient", "rh": 0.9}}}, r"gram\.rh: unknown key; did you mean 'rho'"),
+        ({"calibration": {"gram": {"name": "subgradient", "step": "loss"}}}, r"gram\.step: input should be"),
+        ({"calibration": {"gram": "subgradient", "sampler": "uniform"}}, "is recovered from all rows"),
+        ({"compress": [{"method": "sparse_low_rank", "recovery": "volume"}]},
+         r"compress\.0\.recovery: unknown recovery 'volume'"),
+        ({"compress": [{"method": "sparse_low_rank", "keep_outliers": 1}]}, r"0\.keep_outliers: input should"),
+    ],
+)  # fmt: skip
+def test_bad_recoveries_are_named(change, message):
+    with pytest.raises(InputError, match=message):
+        Recipe.parse({"model": "m", "output": "o", "compress": [{"method": "svd_llm"}]} | change)
+
+
+def test_recoveries_of_weights_and_grams(subject):
+    small = type(subject)(subject.sites[:1], {Q: subject.inputs[Q]}, subject.weights, subject.residual)
+    completion = report("matrix_completion", small)
+    row = cells(completion, site=Q)[0]
+    assert row["matrix_completion"] < min(row["SVD"], row["SVD, zeros for outliers"])
+    sensing = report("matrix_sensing", small, max_iter=150)
+    for row in sensing.rows:
+        cell = dict(zip(sensing.columns, row, strict=True))
+        assert cell["best factors"] <= cell["with it"] * (1 + 1e-6)
+    assert "only approaches" in sensing.findings[0]
+    gram = cells(report("subgradient", small, max_iter=700), site=Q)[0]
+    assert gram["sub-gradient"] <= 0.05 * gram["mean"]

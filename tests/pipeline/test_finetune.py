@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from llmcompress.checkpoint.verify import verify
 from llmcompress.finetune.command import FinetuneRecipe, finetune_checkpoint
 from llmcompress.finetune.lora import add_adapters, fold_adapters
 from llmcompress.finetune.train import train
+from llmcompress.finetune.trainer import FinetuneTrainer
 from llmcompress.recipe import Finetune
 from tests.tiny import recipe, save_tiny, tiny_model, write_text
 
@@ -31,6 +33,7 @@ FORMS = {
     "one basis an input": {"method": "svd_llm", "share": "input"},
     "two plain factors": {"method": "svd_llm", "pivot": False},
     "dictionaries": {"method": "cospadi", "structure": "cospadi"},
+    "low rank and sparse": {"method": "sparse_low_rank"},
 }
 
 
@@ -422,4 +425,85 @@ def test_factors_shared_between_blocks_cannot_be_fitted(inputs, tmp_path):
     data = recipe(*inputs, tmp_path / "out", method="basis_sharing")
     with pytest.raises(InputError, match="block_recovery: a method that shares factors between blocks"):
         llmcompress.apply(Recipe.parse({**data, "block_recovery": {}}))
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- optimisers and aggregators --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "state"),
+    [("muon", 1e-3, 1), ("auon", 3e-3, 1), ("hybrid_auon", 2e-3, 1), ({"name": "mfac", "window": 3}, 3e-3, 3)],
+)
+def test_every_optimiser_trains_and_goes_on(optimizer, lr, state, tmp_path):
+    """The held-out loss falls; the state has the promised size; a training that is cut goes on to the same weights."""
+    section = Finetune(**{**SECTION, "lr": lr, "optimizer": optimizer})
+    model, teacher = compressed()
+    training = train(model, TOKENS, section, tmp_path / "run", teacher=teacher)
+    assert training.kept > 0
+    assert training.validation_after < training.validation_before
+    extra = 8 * 3 * 3 if state == 3 else 0
+    assert training.optimizer_bytes == 4 * state * training.trained_values + extra
+    again, _ = compressed()
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        if folder.name != "checkpoint-2" and folder.name != "checkpoint-4":
+            shutil.rmtree(folder)
+    train(again, TOKENS, section, tmp_path / "run", teacher=teacher)
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_matrices_and_the_rest_under_full_fine_tuning(tmp_path):
+    model = tiny_model()
+    section = Finetune(**{**SECTION, "method": "full", "loss": "ce", "lr": 3e-2, "optimizer": "auon"})
+    training = train(model, TOKENS, section, tmp_path / "run")
+    others = sum(p.numel() for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name or "head" in name)
+    assert training.optimizer_bytes == 4 * (training.trained_values + others), "two moments for what is no matrix"
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_an_aggregator_outvotes_a_bad_batch(bad, tmp_path, monkeypatch):
+    """Five batches a step as five workers, one of them backwards and ten times as long, or none."""
+    calls = []
+    honest = FinetuneTrainer.compute_loss
+
+    def corrupt(self, model, inputs, return_outputs=False, **rest):
+        found = honest(self, model, inputs, return_outputs, **rest)
+        if model.training and not return_outputs:
+            calls.append(1)
+            return -10 * found if bad and len(calls) % 5 == 2 else found
+        return found
+
+    monkeypatch.setattr(FinetuneTrainer, "compute_loss", corrupt)
+    after = {}
+    for name in ("flag", None):
+        model, teacher = compressed()
+        section = {**SECTION, "lr": 3e-4, "batch": 2, "accumulation": 5, "aggregator": name}
+        training = train(model, TOKENS, Finetune(**section), tmp_path / str(name), teacher=teacher)
+        after[name] = training.validation_after
+        start = training.validation_before
+    print(after, start)
+    assert after["flag"] < start
+    if bad:
+        assert start - after["flag"] > 10 * (start - after[None]), "the mean gains next to nothing"
+    else:
+        assert after["flag"] == pytest.approx(after[None], abs=0.05 * start)
+
+
+def test_bad_aggregators(inputs, checkpoint, tmp_path):
+    for section, message in (
+        ({"aggregator": "flg"}, r"finetune\.aggregator: unknown aggregator 'flg'; did you mean 'flag'\?"),
+        (
+            {"aggregator": {"name": "flag", "n_itr": 2}},
+            r"finetune\.aggregator\.n_itr: unknown key; did you mean 'n_iter'",
+        ),
+        ({"aggregator": "flag"}, "finetune.aggregator: needs several processes, or accumulation of at least 2"),
+        ({"optimizer": {"name": "auon", "variant": "papr"}}, r"finetune\.optimizer\.variant: input should be 'paper'"),
+        ({"optimizer": {"name": "mfac", "window": 0}}, r"finetune\.optimizer\.window: input should be greater"),
+        ({"optimizer": "mfac", "self_guided": {}}, "mfac keeps gradients of all that trains, and the guides go"),
+    ):
+        with pytest.raises(InputError, match=message):
+            finetune_checkpoint(
+                str(checkpoint), FinetuneRecipe.parse(training_recipe(inputs, tmp_path / "out", **section))
+            )
     assert list(tmp_path.iterdir()) == []

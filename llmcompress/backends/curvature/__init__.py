@@ -1,0 +1,1 @@
+"""Products with the inverse of an empirical Fisher matrix."""

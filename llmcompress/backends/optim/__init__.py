@@ -1,0 +1,1 @@
+"""Optimisers for training what was compressed, and robust aggregation of its gradients."""
