@@ -58,7 +58,7 @@ def test_every_key_of_a_file_arrives(tmp_path):
     assert (recipe.model, recipe.dtype, recipe.device, recipe.seed) == ("folder", "bfloat16", "cpu", 7)
     assert recipe.calibration.model_dump() == {
         "dataset": "a.jsonl", "field": "body", "samples": 3, "length": 5, "batch_tokens": 11, "backward_samples": 2,
-        "mix": None, "sampler": None, "stream": None,
+        "mix": None, "sampler": None, "stream": None, "gram": None,
         "targets": "sampled",
     }  # fmt: skip
     first, second = recipe.compress
