@@ -100,7 +100,7 @@ def test_noise_on_the_data_helps_where_that_of_the_model_is_fixed(kind, particle
     jobs = [(seed, scale) for seed in (0, 1) for scale in scales]
     models = [DeepDensity(2, 10, noise="fixed", sigma_star=0.01) for _ in jobs]
     fit_together(models, [curve(kind, 500, seed, 0.01) for seed, _ in jobs], [scale for _, scale in jobs],
-                 particles=particles, seeds=[seed for seed, _ in jobs])  # fmt: skip
+                 steps=1000, particles=particles, seeds=[seed for seed, _ in jobs])  # fmt: skip
     distance = dict.fromkeys(scales, 0.0)
     for (seed, scale), model in zip(jobs, models, strict=True):
         distance[scale] += wasserstein1(model.push(512), curve(kind, 512, seed + 50, 0.0)) / 2
@@ -114,7 +114,7 @@ def test_a_learned_noise_needs_no_perturbation():
     models = [DeepDensity(2, 10) for _ in range(4)]
     kinds = ("circle", "figure-eight")
     fit_together(models, [curve(kind, 500, seed, 0.01) for kind in kinds for seed in (0, 1)], [0.1] * 4,
-                 seeds=[0, 1, 0, 1])  # fmt: skip
+                 steps=1000, seeds=[0, 1, 0, 1])  # fmt: skip
     for index, kind in enumerate(kinds):
         pair = [wasserstein1(models[2 * index + s].push(512), curve(kind, 512, s + 50, 0.0)) for s in (0, 1)]
         print(kind, pair)
@@ -243,7 +243,7 @@ def test_density_of_activations_beside_its_baselines(smollm2, smollm2_tokenizer,
     tokens = pack(tokenize(smollm2_tokenizer, [wikitext["valid"][:40_000]]), 8, 256, "valid")
     subject = gather(smollm2, tokens, ["model.layers.3.self_attn.q_proj"])
     subject.model, subject.tokens = smollm2, tokens
-    options = SingularDensityOptions(steps=500, window=64, perturbations=[0.0, 0.3])
+    options = SingularDensityOptions(steps=350, window=64, perturbations=[0.0, 0.3])
     report = SingularDensity(options).analyze(subject)
     rows = {row[0]: row[1:] for row in report.rows}
     print(rows)
