@@ -114,7 +114,8 @@ def sparse_dictionary_forward(
     if gaps is not None and x.is_cuda:
         width = gap_codes.width(dictionary.shape[1])
         z = shared_product(x, dictionary, path, width) if eager else traced_product(x, dictionary, path)
-        y = gap_codes.gap_expand(F.pad(z, (0, width - z.shape[1])), *gaps)
+        # padding by nothing would copy z in every sibling
+        y = gap_codes.gap_expand(z if z.shape[1] == width else F.pad(z, (0, width - z.shape[1])), *gaps)
     elif not eager:
         assert values is not None
         y = sparse_expand(traced_product(x, dictionary, path), mask, values)

@@ -21,6 +21,7 @@ class SparseLowRankLinear(PremergedLinear):
     """
 
     kind = "sparse_low_rank"
+    factors = ("A", "B")
     columns: Tensor
     counts: Tensor
     places: Tensor
@@ -90,6 +91,7 @@ class SparseLowRankLinear(PremergedLinear):
 
     def after_load(self) -> None:
         """Builds `places`. InputError if the counts or columns are none of this layer's."""
+        super().after_load()
         if self.counts.is_meta:
             return
         counts, columns = self.counts.long(), self.columns.long()
