@@ -3,10 +3,10 @@
     python benchmarks/finetune.py --data DATA --base runs/cospadi-30     # a compressed SmolLM2-135M-Instruct
 
 Trains on WikiText-2 valid (packed sequences of 512 tokens), measures perplexity on the first 16 x 1,024 tokens of test
-and of python-docs, from the reloaded checkpoint. Every run is a process of its own, so that its peak memory is its
-own. Rows are kept in --results and not measured again. The limit of throughput is the machine's matrix product: the
-table gives the share of it that a step reaches, counting the products of the layers' factors and the head, three a
-training step, one for a teacher.
+(and of python-docs, where methods and optimisers are not compared), from the reloaded checkpoint. Every run is a
+process of its own, so that its peak memory is its own. Rows are kept in --results and not measured again. The limit of
+throughput is the machine's matrix product: the table gives the share of it that a step reaches, counting the products
+of the layers' factors and the head, three a training step, one for a teacher.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import multiprocessing
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from llmcompress.recipe import Finetune
 
 MODEL = "builtin:smollm2-135m-instruct"
 LENGTH = 512
+BOTH = ("wikitext2", "python-docs")
 FIXED: dict[str, Any] = {"length": LENGTH, "batch": 1, "validation": 2, "warmup": 0.2}
 #: section of the recipe for each run; `of` is what is trained
 RECOVERY: dict[str, dict[str, Any]] = {
@@ -78,16 +80,16 @@ class Setting:
             "python-docs": windows(tokenize(tokenizer, python_docs("all")), 1024, 16, "python-docs"),
         }
 
-    def perplexities(self, model: nn.Module) -> dict[str, float]:
-        return {name: perplexity(model, tokens).perplexity for name, tokens in self.windows.items()}
+    def perplexities(self, model: nn.Module, names: Sequence[str]) -> dict[str, float]:
+        return {name: perplexity(model, self.windows[name]).perplexity for name in names}
 
 
-def measure_training(data: Path, base: str, run: dict[str, Any]) -> dict[str, Any]:
+def measure_training(data: Path, base: str, run: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
     """Trains, saves, and measures what loads."""
     setting, section = Setting(data), dict(run)
     student = load_model(locate(base if section.pop("of") == "base" else MODEL), torch.float32)
     if not section["steps"]:
-        return {"cpu_seconds": 0.0, "trained": 0, "optimizer_bytes": 0, **setting.perplexities(student)}
+        return {"cpu_seconds": 0.0, "trained": 0, "optimizer_bytes": 0, **setting.perplexities(student, texts)}
     whole = Finetune(**{**FIXED, "evaluate_every": section["steps"], **section})
     teacher = load_model(locate(MODEL)) if whole.loss == "kd" else None
     products = 3 * _flops(student) + (_flops(teacher) if teacher is not None else 0)
@@ -100,7 +102,7 @@ def measure_training(data: Path, base: str, run: dict[str, Any]) -> dict[str, An
         del teacher
         save_trained(student, Path(folder) / "model", locate(MODEL), torch.float32)
         del student
-        found = setting.perplexities(load_model(Location(Path(folder) / "model")))
+        found = setting.perplexities(load_model(Location(Path(folder) / "model")), texts)
     return {
         "cpu_seconds": seconds, "tokens_per_cpu_second": training.tokens / seconds, "peak_bytes": peak,
         "trained": training.trained_values, "optimizer_bytes": training.optimizer_bytes,
@@ -116,7 +118,7 @@ def measure_block_fit(data: Path, step: dict[str, Any], section: dict[str, Any] 
     seconds = time.process_time() - start
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return {"cpu_seconds": seconds, **setting.perplexities(load_model(Location(Path(folder))))}
+        return {"cpu_seconds": seconds, **setting.perplexities(load_model(Location(Path(folder))), BOTH)}
 
 
 def _flops(model: nn.Module) -> int:
@@ -169,7 +171,9 @@ def recovery(results: Results, options: argparse.Namespace) -> Table:
     table = Table("training", "steps", "WikiText-2", "python-docs", "CPU s")
     for name, run in RECOVERY.items():
         steps = run.get("steps", options.steps)
-        row = results.get(f"{name}, {steps}", measure_training, options.data, options.base, {**run, "steps": steps})
+        row = results.get(
+            f"{name}, {steps}", measure_training, options.data, options.base, {**run, "steps": steps}, BOTH
+        )
         table.add_row(name, str(steps), *_shown(row), f"{row['cpu_seconds']:.0f}")
     return table
 
@@ -184,20 +188,20 @@ def optimizers(results: Results, options: argparse.Namespace) -> Table:
 
 def compared(results: Results, options: argparse.Namespace, runs: dict[str, dict[str, Any]], what: str) -> Table:
     """Equal steps, and as many steps as take the time that the first run takes for them."""
-    columns = ("steps", "WikiText-2", "python-docs", "CPU s/step", "tokens/CPU s", "of GEMM rate", "trained")
+    columns = ("steps", "WikiText-2", "CPU s/step", "tokens/CPU s", "of GEMM rate", "trained")
     table = Table(what, *columns, "optimiser MiB", "peak GiB")
     first = None
     for name, run in runs.items():
         counts = [options.compare_steps]
         for steps in counts:
-            arguments = (measure_training, options.data, options.base, {**run, "steps": steps})
+            arguments = (measure_training, options.data, options.base, {**run, "steps": steps}, BOTH[:1])
             row = results.get(f"{name}, {steps} steps", *arguments)
             first = first or row
             equal = round(options.compare_steps * first["cpu_seconds"] / row["cpu_seconds"])
             if len(counts) == 1 and equal != steps:
                 counts.append(equal)
             table.add_row(
-                name, str(steps), *_shown(row), f"{row['cpu_seconds'] / steps:.1f}",
+                name, str(steps), f"{row['wikitext2']:.2f}", f"{row['cpu_seconds'] / steps:.1f}",
                 f"{row['tokens_per_cpu_second']:.1f}", f"{row['of_products']:.0%}", f"{row['trained']:,}",
                 f"{row['optimizer_bytes'] / 2**20:.0f}", f"{row['peak_bytes'] / 2**30:.1f}",
             )  # fmt: skip

@@ -20,11 +20,12 @@ from llmcompress.errors import InputError, RunError
 from llmcompress.finetune.block_recovery import recover_block
 from llmcompress.layers.base import StructuredLinear
 from llmcompress.models.runner import Runner, check_finite
+from llmcompress.parallel import side_by_side
 from llmcompress.plan import Plan, Step
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import BlockRecovery
 from llmcompress.results import SiteResult, site_result
-from llmcompress.types import Budget, Problem, Profile, Site, Statistics
+from llmcompress.types import Budget, Compressed, Problem, Profile, Site, Statistics
 from llmcompress.workspace import Store
 
 log = logging.getLogger("llmcompress")
@@ -287,14 +288,22 @@ class Engine:
 
     def _compress_block(self, index: int, budgets: list[list[Budget]]) -> None:
         fresh = self._fresh_statistics(index)
+        work = [
+            (step, self._problem(unit, fresh), budget)
+            for step, step_budgets in zip(self.plan.steps, budgets, strict=True)
+            for unit, budget in zip(step.units, step_budgets, strict=True)
+            if unit[-1].block == index
+        ]
         layers: dict[str, StructuredLinear] = {}
         results: list[dict[str, Any]] = []
-        for step, step_budgets in zip(self.plan.steps, budgets, strict=True):
-            for unit, budget in zip(step.units, step_budgets, strict=True):
-                if unit[-1].block == index:
-                    built, found = self._compress_unit(step, unit, budget, fresh)
-                    layers |= built
-                    results += [asdict(result) for result in found]
+        for (step, problem, _), compressed in zip(work, self._compress_units(work), strict=True):
+            for note in compressed.notes:
+                log.info("%s", note)
+            for site, weight, layer in zip(problem.sites, problem.weights, compressed.layers, strict=True):
+                if layer is not None:
+                    layers[site.name] = layer
+                result = site_result(site, step.recipe.method, weight, layer, compressed.error, compressed.notes)
+                results.append(asdict(result))
         if self.settings.recovery is not None and layers:
             self._recover(index, layers, results, self.settings.recovery)
         if self.plan.propagate:
@@ -399,21 +408,16 @@ class Engine:
         weights = [self.runner.weight(site) for site in unit]
         return Problem(list(unit), weights, [self.runner.bias(site) for site in unit], statistics)
 
-    def _compress_unit(
-        self, step: Step, unit: list[Site], budget: Budget, fresh: dict[str, Statistics] | None
-    ) -> tuple[dict[str, StructuredLinear], list[SiteResult]]:
-        problem = self._problem(unit, fresh)
-        seed = _seed(self.settings.seed, unit[0].name)
-        generator = torch.Generator(device=self.runner.device).manual_seed(seed)
-        compressed = step.compressor.compress(problem, budget, generator)
-        for note in compressed.notes:
-            log.info("%s", note)
-        layers = {s.name: layer for s, layer in zip(unit, compressed.layers, strict=True) if layer is not None}
-        results = [
-            site_result(site, step.recipe.method, weight, layers.get(site.name), compressed.error, compressed.notes)
-            for site, weight in zip(unit, problem.weights, strict=True)
-        ]
-        return layers, results
+    def _compress_units(self, work: list[tuple[Step, Problem, Budget]]) -> list[Compressed]:
+        def compress(index: int) -> Compressed:
+            step, problem, budget = work[index]
+            seed = _seed(self.settings.seed, problem.sites[0].name)
+            generator = torch.Generator(device=self.runner.device).manual_seed(seed)
+            return step.compressor.compress(problem, budget, generator)
+
+        largest_first = sorted(range(len(work)), key=lambda index: -sum(w.numel() for w in work[index][1].weights))
+        found = dict(zip(largest_first, side_by_side(compress, largest_first, self.runner.device), strict=True))
+        return [found[index] for index in range(len(work))]
 
 
 def _seed(seed: int, name: str) -> int:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,11 +66,14 @@ class MemoryStore:
 class DiskStore:
     """One safetensors file a result, written under a temporary name, flushed and renamed: a reader never sees half.
 
-    Hidden states are plain files, mapped into memory: they cost disk, not RAM.
+    Hidden states are plain files, mapped into memory: they cost disk, not RAM. Their flush runs beside the work that
+    follows; no result is stored before it has ended.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._flusher = ThreadPoolExecutor(1)
+        self._flush: tuple[str, Future[None]] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.rglob("*.part"):
             leftover.unlink()
@@ -81,9 +85,11 @@ class DiskStore:
         return self.folder / f"{key}.hidden"
 
     def has(self, key: str) -> bool:
+        self._settle(key)
         return self.path(key).exists() or self._hidden_path(key).exists()
 
     def put(self, key: str, tensors: Tensors, note: Any = None) -> None:
+        self._settle()
         target = self.path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(".part")
@@ -101,6 +107,7 @@ class DiskStore:
             raise RunError(f"{path}: corrupt ({error}); remove it and run the same command again") from None
 
     def delete(self, key: str) -> None:
+        self._settle(key)
         self.path(key).unlink(missing_ok=True)
         self._hidden_path(key).unlink(missing_ok=True)
 
@@ -114,11 +121,22 @@ class DiskStore:
         return _map(part, shape, dtype)
 
     def commit_hidden(self, key: str) -> None:
-        target = self._hidden_path(key)
+        self._settle()
+        self._flush = key, self._flusher.submit(self._commit, self._hidden_path(key))
+
+    @staticmethod
+    def _commit(target: Path) -> None:
         with disk_errors(target):
             replace_durably(target.with_suffix(".part"), target)
 
+    def _settle(self, key: str | None = None) -> None:
+        """Waits for the last flush, or only if it is that of `key`; raises what stopped it."""
+        if self._flush is not None and key in (None, self._flush[0]):
+            (_, flush), self._flush = self._flush, None
+            flush.result()
+
     def open_hidden(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        self._settle(key)
         return _map(self._hidden_path(key), shape, dtype)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -103,13 +104,16 @@ def pivot(factors: LowRankFactors) -> PivotedFactors:
     """
     basis, mix = torch.linalg.qr(factors.B.T.cpu())  # B = mixᵀ basisᵀ; basis (d_out, r) is orthonormal even if B is not
     rows, rank = basis.T, basis.shape[1]
-    with _numpy_threads().limit(limits=1):
+    with _numpy_lock, _numpy_threads().limit(limits=1):
         order = torch.from_numpy(scipy.linalg.qr(rows.numpy(), mode="r", pivoting=True, check_finite=False)[1]).long()
     chosen, coefficients = _dominant_columns(rows, order[:rank], order[rank:])
     pivots = torch.zeros(rows.shape[1], dtype=torch.bool)
     pivots[chosen] = True
     A = factors.A @ (mix.T @ rows[:, chosen]).to(factors.A)
     return PivotedFactors(A, coefficients.to(A), pivots, factors.singular_values, factors.repair)
+
+
+_numpy_lock = threading.Lock()  # its limit is the process's, and restored by whoever leaves last
 
 
 @functools.cache
