@@ -1,13 +1,9 @@
-"""How do the backends' costs grow, next to the obvious baseline; and which sampler keeps a model's perplexity?
+"""How do the backends' costs grow, next to the obvious baseline?
 
-    python benchmarks/backends.py [--only volume ...]          time against size
-    python benchmarks/backends.py --samplers --data FOLDER     perplexity of svd_llm at 30 % on sampled rows
+    python benchmarks/backends.py [--only volume ...]
 
 Times are medians of five runs in milliseconds, one table a backend, with the exponent of the last doubling and, where
-the cost is a matrix product's, the share of the machine's measured GEMM rate (float64). FOLDER holds WikiText-2 as
-`wikitext-2/valid.txt` and `test.txt`. Setting of the perplexities: SmolLM2-135M-Instruct, float32, calibrated on the
-first 64 x 512 tokens of the validation text, of which a sampler keeps a quarter or a sixteenth of the rows of each
-input; the first 16 x 1,024 tokens of the test text.
+the cost is a matrix product's, the share of the machine's measured GEMM rate (float64).
 """
 
 from __future__ import annotations
@@ -17,7 +13,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +45,6 @@ from llmcompress.backends.sequence.negative_eigenvalues import delta_rule
 from llmcompress.backends.sequence.ptd import DiagonalSSM, hippo, perturb_then_diagonalize
 from llmcompress.backends.streaming.streaming_eigenvector import StreamingTopEigenvector
 
-ROWS = 32768  # of setting R's calibration
 Case = tuple[Callable[[], Any], Callable[[], Any], float]  # ours, the baseline, our FLOPs
 
 
@@ -335,62 +329,10 @@ def growth(only: list[str]) -> Table:
     return table
 
 
-SAMPLERS: dict[str, dict[str, Any] | None] = {
-    "all rows": None,
-    "uniform": {"name": "uniform"},
-    "sensitivity, leverage": {"name": "sensitivity", "score": "leverage"},
-    "sensitivity, Lewis, p = 4, rank 64": {"name": "sensitivity", "score": "lewis", "p": 4, "rank": 64},
-    "volume, repeated DPP, rank 64": {"name": "volume", "rank": 64},
-}
-
-
-def samplers(data: Path, only: list[str], console: Console) -> Table:
-    from llmcompress_eval.perplexity import perplexity, windows
-
-    import llmcompress
-    from llmcompress.calibration.text import pack, read_documents, tokenize
-    from llmcompress.models.load import load_model, load_tokenizer, locate
-
-    location = locate("builtin:smollm2-135m-instruct")
-    tokenizer = load_tokenizer(location)
-    valid, test = (
-        tokenize(tokenizer, read_documents(str(data / "wikitext-2" / f"{split}.txt"), "evaluation"))
-        for split in ("valid", "test")
-    )
-    tokens, held_out = pack(valid, 64, 512, "valid"), windows(test, 1024, 16, "test")
-    table = Table(title="svd_llm, 30 % removed: perplexity by the calibration rows kept")
-    for column in ("sampler", "1/4", "1/16"):
-        table.add_column(column, justify="left" if column == "sampler" else "right")
-    for label, sampler in SAMPLERS.items():
-        if only and label.partition(",")[0] not in only:
-            continue
-        row = []
-        for share in (4, 16):
-            if sampler is None and row:
-                row.append(row[0])
-                continue
-            model = load_model(location)
-            given = sampler and {**sampler, "n_samples": ROWS // share}
-            llmcompress.compress(model, tokens=tokens, ratio=0.3, calibration={"sampler": given})
-            row.append(f"{perplexity(model, held_out).perplexity:.2f}")
-            console.print(label, f"1/{share}", row[-1])
-        table.add_row(label, *row)
-    return table
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], help="names of backends (or samplers), up to a comma")
-    parser.add_argument("--samplers", action="store_true", help="the table of perplexities instead")
-    parser.add_argument("--data", type=Path, help="folder of WikiText-2, for --samplers")
-    arguments = parser.parse_args()
-    console = Console(width=120)
-    if arguments.samplers:
-        if arguments.data is None:
-            parser.error("--samplers needs --data")
-        console.print(samplers(arguments.data, arguments.only, console))
-    else:
-        console.print(growth(arguments.only))
+    parser.add_argument("--only", nargs="*", default=[], help="names of backends, up to a comma")
+    Console(width=120).print(growth(parser.parse_args().only))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import io
@@ -184,12 +185,29 @@ def load_model(location: Location, dtype: torch.dtype | str = "auto", **options:
     return model.eval()
 
 
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers parses a GGUF header for config, weights and tokenizer each, and lists names anew for every tensor.
+
+    That is two thirds of the time of unpacking; here each is done once.
+    """
+    import gguf
+
+    read, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(read), functools.cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = read, names
+
+
 def unpack_gguf(location: Location, folder: Path) -> Location:
     """Writes a GGUF model as a plain safetensors folder, so that it can be streamed like any other."""
-    model = load_model(location)
+    with _read_once():
+        model, tokenizer = load_model(location), load_tokenizer(location)
     with quiet_transformers():
         model.save_pretrained(folder, max_shard_size="200MB")
-        load_tokenizer(location).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return Location(folder)
 
 
