@@ -226,7 +226,9 @@ def test_a_bad_section_is_named(section, message):
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("key", ["model", "compress", "finetune", "block_recovery"])
+@pytest.mark.parametrize(
+    "key", ["model", "calibration", "compress", "convert", "finetune", "block_recovery", "analysis"]
+)
 def test_what_is_no_part_of_a_merge_is_refused(key):
     with pytest.raises(
         InputError, match=f"r: {key}: no part of a merge; give the merged folder to a recipe of its own"
