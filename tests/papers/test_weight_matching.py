@@ -278,8 +278,9 @@ def test_matched_digits_models_are_connected_though_their_distance_hardly_falls(
         assert r[1] >= 0.15
         assert r[2] > r[1] > r[0]
         unmatched.append(r_metric(a, b, WEIGHTS, 0.3))
-    print("R of unmatched models:", unmatched)
-    assert abs(np.mean(unmatched)) <= 0.01, "the inputs that models share align their first layers a little"
+    # one pair lies by chance between 0.005 and 0.015, as it does in any random order: the direction that all neurons
+    # of two layers have in common, and inputs and classes, stay where they are
+    assert abs(np.mean(unmatched)) <= 0.01
 
 
 @pytest.mark.slow
