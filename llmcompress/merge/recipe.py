@@ -9,13 +9,13 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator
 
 from llmcompress.errors import InputError
-from llmcompress.recipe import Compress, Recipe, Section, read_recipe
+from llmcompress.recipe import Analysis, Backend, Calibration, Compress, Recipe, Section, read_recipe
 
 #: how a match is asked for in one word -> the section's keys
 WORDS: dict[str, dict[str, bool] | None] = {
     "auto": {}, "signed": {"signed": True}, "orthogonal": {"orthogonal": True}, "none": None,
 }  # fmt: skip
-ABSENT = ("model", "compress", "block_recovery", "finetune")
+ABSENT = ("model", "calibration", "compress", "block_recovery", "convert", "finetune", "analysis")
 
 
 class Match(Section):
@@ -62,9 +62,12 @@ class MergeRecipe(Recipe):
     """A whole merge: which models, matched how, evaluated on what, written where. The first model gives the config."""
 
     model: str = Field("", exclude=True, description="the first of the merged models")
+    calibration: Calibration = Field(default_factory=Calibration, exclude=True, description="no part of a merge")
     compress: list[Compress] = Field(default_factory=list, exclude=True, description="no part of a merge")
     block_recovery: None = Field(None, exclude=True, description="no part of a merge")
+    convert: list[Backend] = Field([], exclude=True, description="no part of a merge")
     finetune: None = Field(None, exclude=True, description="no part of a merge")
+    analysis: list[Analysis] = Field([], exclude=True, description="no part of a merge")
     merge: Merge
 
     @classmethod

@@ -26,7 +26,7 @@ def _figures(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     columns += [f"perplexity, {Path(text).name}" for text in texts]
     rows = []
     for item in metrics["models"]:
-        moved = "identity" if item["identity"] else "a permutation"
+        moved = "identity" if item["identity"] else "a rotation" if item["rotated"] else "a permutation"
         figures = [f"{texts[text][item['model']]:.3f}" for text in texts]
         distance = [f"{item[key]:.4g}" for key in ("distance", "distance_matched")]
         rows.append([item["model"], f"{item['share']:.3g}", moved, *distance, *figures])

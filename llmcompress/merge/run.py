@@ -93,8 +93,11 @@ class MergeRun(Pipeline):
         return digest([super()._evaluation_digest(), measured])
 
     def run(self) -> Outcome:
+        if self.section.plot is not None:
+            check_plot(Path(self.section.plot))
         finished = self._finished()
         if finished and self._measured(finished):
+            self._plot(finished)
             return Outcome(self.output, finished, {})
         if not finished:
             self._check_output()
@@ -118,8 +121,6 @@ class MergeRun(Pipeline):
 
     def _prepare(self) -> _Prepared:
         """All that can be wrong with the models and the texts, before anything is written but unpacked models."""
-        if self.section.plot is not None:
-            check_plot(Path(self.section.plot))
         names = self.section.models
         sources = [self._open(number, location) for number, location in enumerate(self.locations)]
         check_alike(sources, names)
@@ -202,6 +203,7 @@ class MergeRun(Pipeline):
             metrics["models"] = [
                 {
                     "model": name, "share": share, "identity": not alignments or alignments[i].is_identity,
+                    "rotated": bool(alignments) and alignments[i].rotation is not None,
                     "logits_difference": differences[i], "distance": before, "distance_matched": after,
                 }
                 for i, (name, share, (before, after)) in enumerate(zip(names, self.section.shares(), far, strict=True))
@@ -214,9 +216,12 @@ class MergeRun(Pipeline):
             if self.section.barrier is not None:
                 text = prepared.texts[self.section.barrier]
                 metrics["barrier"] = measure_barrier(sources[0], prepared.structure, bases, views, text, self.progress)
-                if self.section.plot is not None:
-                    save_plot(metrics["barrier"], Path(self.section.plot))
+        self._plot(metrics)
         return metrics
+
+    def _plot(self, metrics: dict[str, Any]) -> None:
+        if self.section.plot is not None:
+            save_plot(metrics["barrier"], Path(self.section.plot))
 
     def _card(self, metrics: dict[str, Any]) -> str:
         return merge_card(metrics)

@@ -15,17 +15,17 @@ import transformers
 from sklearn.datasets import load_digits
 from torch import nn
 
-from llmcompress.backends.merging.alignment import aligned, folded, mean
+from llmcompress.backends.merging.alignment import Alignment, aligned, folded, mean
 from llmcompress.backends.merging.connectivity import barrier, l2_ratio, r_metric
 from llmcompress.backends.merging.decoder_matching import match_decoder
 from llmcompress.backends.merging.permutations import PermutationSpec, assign, chain_spec, cross, mlp_spec
 from llmcompress.backends.merging.repair import repair, reset_batch_norm
 from llmcompress.backends.merging.ste_matching import ste_matching
 from llmcompress.backends.merging.weight_matching import activation_matching, merge, merge_many, weight_matching
-from llmcompress.calibration.text import python_docs
 from llmcompress.errors import InputError
 from llmcompress.models.symmetry import RESIDUAL, find_groups
 from tests.scramble import noisy, reading, scrambled, with_values
+from tests.tiny import tiny_model
 
 
 def generator(seed):
@@ -278,8 +278,9 @@ def test_matched_digits_models_are_connected_though_their_distance_hardly_falls(
         assert r[1] >= 0.15
         assert r[2] > r[1] > r[0]
         unmatched.append(r_metric(a, b, WEIGHTS, 0.3))
-    print("R of unmatched models:", unmatched)
-    assert abs(np.mean(unmatched)) <= 0.01, "the inputs that models share align their first layers a little"
+    # one pair lies by chance between 0.005 and 0.015, as it does in any random order: the direction that all neurons
+    # of two layers have in common, and inputs and classes, stay where they are
+    assert abs(np.mean(unmatched)) <= 0.01
 
 
 @pytest.mark.slow
@@ -349,11 +350,14 @@ def test_repair_restores_statistics_and_lowers_the_half_barrier(digits):
 # --- decoders --------------------------------------------------------------------------------------------------------
 
 
+WINDOW = 64
+
+
 @pytest.mark.slow
-def test_unrelated_tiny_llamas_come_closer_and_stay_apart():
+def test_unrelated_tiny_llamas_come_closer_and_stay_apart(wikitext):
     """Byte-level, trained from different initialisations: the barrier falls, and is far from zero."""
-    text = torch.tensor(list(python_docs("train")[0].encode()[:200_000]))
-    held_out = torch.tensor(list(python_docs("test")[0].encode()[:4096])).view(-1, 128)
+    text = torch.tensor(list(wikitext["valid"].encode()))
+    held_out = torch.tensor(list(wikitext["test"].encode()[: 256 * WINDOW])).view(-1, WINDOW)
     nets = [tiny_llama(text, seed) for seed in range(3)]
     groups = find_groups(nets[0])
 
@@ -393,19 +397,52 @@ def test_unrelated_tiny_llamas_come_closer_and_stay_apart():
 def tiny_llama(text, seed):
     config = transformers.LlamaConfig(
         hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=256, max_position_embeddings=128, tie_word_embeddings=False,
+        vocab_size=256, max_position_embeddings=WINDOW, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.LlamaForCausalLM(config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         for _ in range(300):
-            starts = torch.randint(len(text) - 64, (16,))
-            rows = torch.stack([text[start : start + 64] for start in starts])
+            starts = torch.randint(len(text) - WINDOW, (16,))
+            rows = torch.stack([text[start : start + WINDOW] for start in starts])
             optimizer.zero_grad()
             model(input_ids=rows, labels=rows).loss.backward()
             optimizer.step()
     return model.eval()
+
+
+def test_under_strong_noise_the_ends_lead_the_search():
+    """Five times the weights' spread. From a random order of blocks, all products together come first."""
+    model = tiny_model()
+    moved, drawn = scrambled(model)
+    groups = find_groups(model)
+    elsewhere = Alignment.random(groups, generator(9), signed=True)
+    found = {"ends": [], "all": []}
+    for seed in range(4):
+        add = noisy(5, seed)
+        shaken = with_values(moved, groups, lambda name, add=add: add(reading(moved)(name)))
+        for kind, init in (("ends", None), ("all", elsewhere)):
+            matched = match_decoder(groups, reading(model), reading(shaken), init=init)
+            assert min(matched.gains) > 0
+            index = matched.alignment.index
+            found[kind].append(recovered(index, {group: places.argsort() for group, places in drawn.index.items()}))
+    assert np.mean(found["ends"]) >= 0.6
+    assert np.mean(found["all"]) <= 0.5
+
+
+def test_ends_that_tell_nothing_do_not_move_blocks_that_agree():
+    """Embedding and head drawn anew, as for another vocabulary of the same size."""
+    model = tiny_model()
+    groups = find_groups(model)
+
+    def drawn(name):
+        tensor, inside = reading(model)(name), name.startswith("model.layers.")
+        return tensor if inside else torch.randn(tensor.shape, generator=generator(5)) * tensor.std()
+
+    found = match_decoder(groups, reading(model), drawn)
+    assert found.alignment.is_identity
+    assert found.gains == []
 
 
 def first_blocks(model, count):
@@ -452,15 +489,17 @@ def test_a_signed_scramble_of_smollm2_is_found_under_noise_and_only_by_a_signed_
     groups = find_groups(smollm2)
     add = noisy(0.02, 3)
     shaken = with_values(moved, groups, lambda name: add(reading(moved)(name)))
+    truth = {group: places.argsort() for group, places in drawn.index.items()}
+    sign = drawn.sign[truth[RESIDUAL]]
     for signed in (True, False):
         _, found, _ = undone(smollm2, shaken, signed)
-        right = torch.cat([found.alignment.index[g] == i.argsort() for g, i in drawn.index.items()]).double().mean()
+        index = found.alignment.index
+        coordinates = (index[RESIDUAL] == truth[RESIDUAL]) & (found.alignment.sign == sign)
         if signed:
-            assert right == 1
-            inverse = drawn.index[RESIDUAL].argsort()
-            assert torch.equal(found.alignment.sign, drawn.sign[inverse])
+            assert recovered(index, truth) == 1
+            assert coordinates.all()
         else:
-            assert right < 0.6
+            assert coordinates.double().mean() < 0.6, "in their places, half of them with the wrong sign"
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -183,6 +183,42 @@ def test_command_recipe_and_call_write_the_same(pair, text, tmp_path, monkeypatc
     assert command(monkeypatch, capfd, "merge", *pair, "--out", tmp_path / "command", *options)[0] == 0, "finished"
 
 
+def test_the_command_rotates_measures_the_path_and_draws_it(pair, unrelated, text, tmp_path, monkeypatch, capfd):
+    arguments = ["merge", pair[0], unrelated, "--out", tmp_path / "out", "--match", "orthogonal", "--barrier", text]
+    arguments += ["--length", 32, "--windows", 2]
+    plots = [tmp_path / name for name in ("one.png", "two.svg")]
+    code, printed, err = command(monkeypatch, capfd, *arguments, "--plot", plots[0])
+    assert code == 0, err
+    assert "a rotation" in printed
+    measured = json.loads((tmp_path / "out" / "metrics.json").read_text())["barrier"]
+    barriers = [measured[kind]["barrier"] for kind in ("as_given", "matched")]
+    assert f"barrier: {barriers[0]:.3f} nats as given, {barriers[1]:.3f} matched" in printed
+    assert plots[0].read_bytes().startswith(b"\x89PNG")
+    code, printed, err = command(monkeypatch, capfd, *arguments, "--plot", plots[1])
+    assert code == 0, err
+    drawn = plots[1].read_text()
+    assert "<svg" in drawn, "drawn from the finished merge's figures"
+    assert drawn.count("<!-- as given -->") == drawn.count("<!-- matched -->") == 1, "both paths, in the legend"
+
+
+def test_three_models_by_command(pair, tmp_path, monkeypatch, capfd):
+    third = save_scrambled(tmp_path / "c", seed=5)
+    shares = ["--weight", 0.5, "--weight", 0.25, "--weight", 0.25]
+    code, printed, err = command(monkeypatch, capfd, "merge", *pair, third, "--out", tmp_path / "out", *shares)
+    assert code == 0, err
+    assert printed.count("a permutation") == 2
+    torch.testing.assert_close(outputs(tmp_path / "out"), outputs(pair[0]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("plot", "message"), [("p.gif", "is no .png, .svg, .pdf file"), ("no/p.png", "existing folder")]
+)
+def test_a_plot_that_cannot_be_drawn_is_refused_first(plot, message, pair, text, tmp_path):
+    with pytest.raises(InputError, match=message):
+        llmcompress.merge_models(pair, tmp_path / "out", barrier=str(text), plot=str(tmp_path / plot))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("match", "expected"),
     [
@@ -226,7 +262,9 @@ def test_a_bad_section_is_named(section, message):
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("key", ["model", "compress", "finetune", "block_recovery"])
+@pytest.mark.parametrize(
+    "key", ["model", "calibration", "compress", "convert", "finetune", "block_recovery", "analysis"]
+)
 def test_what_is_no_part_of_a_merge_is_refused(key):
     with pytest.raises(
         InputError, match=f"r: {key}: no part of a merge; give the merged folder to a recipe of its own"

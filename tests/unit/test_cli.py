@@ -101,7 +101,7 @@ def test_backends_lists_the_catalogue(run):
 def test_schema_is_json(run):
     code, out, _ = run("schema")
     assert code == 0
-    assert set(json.loads(out)["properties"]) == set(Recipe.model_fields)
+    assert set(json.loads(out)["$defs"]["Recipe"]["properties"]) == set(Recipe.model_fields)
 
 
 def test_apply_then_verify_then_eval(run, recipe, folder, text):

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
@@ -265,9 +266,46 @@ def test_the_schema_takes_short_forms():
     assert "beta" in forms[name["enum"].index("d_rank")]["properties"]
 
 
+@pytest.fixture(scope="module")
+def validator():
+    schema = recipe_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_the_house_fits_the_schema(path, validator):
+    validator.validate(yaml.safe_load(path.read_text()))
+
+
+MERGE = {"models": ["a", "b"]}
+
+
+@pytest.mark.parametrize("match", ["auto", "signed", "orthogonal", "none", None, {"signed": True, "max_iter": 3}])
+def test_the_schema_of_a_merge_takes_each_match(match, validator):
+    validator.validate({"merge": {**MERGE, "match": match}, "output": "o"})
+
+
+@pytest.mark.parametrize(
+    ("data", "key"),
+    [
+        ({"merge": {**MERGE, "match": "sined"}, "output": "o"}, "merge/match"),
+        ({"merge": {**MERGE, "lmbda": 1}, "output": "o"}, "merge"),
+        ({"merge": {**MERGE, "lam": 1.5}, "output": "o"}, "merge/lam"),
+        ({"merge": MERGE, "compress": [], "output": "o"}, ""),
+        ({"merge": MERGE}, ""),
+        ({"model": "m", "output": "o"}, ""),
+    ],
+)
+def test_the_schema_refuses_what_the_parser_refuses(data, key, validator):
+    assert ["/".join(error.path) for error in validator.iter_errors(data)] == [key]
+    with pytest.raises(InputError):
+        (MergeRecipe if "merge" in data else Recipe).parse(data)
+
+
 def test_the_schema_refers_only_to_what_it_defines():
     schema = recipe_schema()
     references = re.findall(r"'\$ref': '#/\$defs/(\w+)'", str(schema))
     sections = {"Analysis", "Calibration", "Compress", "Evaluation", "Finetune", "SelfGuided", "BlockRecovery",
-                "FactorStorage", "Mix"}  # fmt: skip
+                "FactorStorage", "Mix", "Match", "Merge", "MergeRecipe", "Recipe"}  # fmt: skip
     assert set(references) == sections | {"Backend", "Optimizer"} <= set(schema["$defs"])

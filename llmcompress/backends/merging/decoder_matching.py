@@ -1,8 +1,9 @@
 """Matching a transformer to another one: residual stream, then every block, until nothing changes.
 
 The residual stream is an assignment of channels, with their signs where norms allow it, or an orthogonal map
-(Procrustes). Sources: Git Re-Basin's coordinate descent (arXiv 2209.04836) on the symmetries of arXiv 2502.00264 and
-2506.22712.
+(Procrustes). It is first chosen by what lies outside the blocks, whose other axis the vocabulary fixes: products of
+blocks whose neurons and heads stand in unrelated orders are noise, and hold the search at a worse match. Sources: Git
+Re-Basin's coordinate descent (arXiv 2209.04836) on the symmetries of arXiv 2502.00264 and 2506.22712.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def match_decoder(
 ) -> Matched:
     """The element of the symmetry group that aligns b to a, by coordinate descent from `init`, or the identity.
 
+    No step lowers <a, pi(b)>.
+
     a, b: parameters by name, (see `folded` where `orthogonal`); memory holds the residual stream's inner products
     (d, d) in float64 and one block of each. signed: sign flips of the residual stream too. visit(part) is called for
     every part that is visited, swept(alignment) behind every sweep that changed something.
@@ -68,7 +71,8 @@ def match_decoder(
     changed = True
     while changed and found.sweeps < max_iter:
         found.sweeps += 1
-        changed = _match_residual(groups, a, b, ends, found, signed, orthogonal, visit)
+        fresh = found.sweeps == 1 and start.is_identity
+        changed = _match_residual(groups, a, b, ends, found, signed, orthogonal, fresh, visit)
         if changed or found.sweeps == 1:
             for block in groups.blocks:
                 changed |= _match_block(groups, block, a, b, found, visit)
@@ -99,6 +103,36 @@ class _Products:
             (self.gains if name in groups.gains else self.matrices).add_(product)
 
 
+@dataclass
+class _Stream:
+    """An element of the residual stream's group: a rotation (d, d), or the order of channels and their signs."""
+
+    index: Tensor
+    sign: Tensor
+    rotation: Tensor | None
+
+    @classmethod
+    def best(cls, products: _Products, signed: bool, orthogonal: bool) -> _Stream:
+        """That of the largest worth: Procrustes, or an assignment on |S| + N (S + N without signs)."""
+        matrices = products.matrices
+        places = torch.arange(len(matrices))
+        if orthogonal:
+            u, _, vh = torch.linalg.svd(matrices)
+            return cls(places, torch.ones(len(matrices)), u @ vh)
+        index = assign((matrices.abs() if signed else matrices) + products.gains)
+        sign = torch.ones(len(matrices))
+        sign[signed & (matrices[places, index] < 0)] = -1
+        return cls(index, sign, None)
+
+    def worth(self, products: _Products) -> float:
+        """The part of <a, pi(b)> that depends on this element; gains keep their signs, and are ones if rotated."""
+        if self.rotation is not None:
+            return float((self.rotation * products.matrices).sum())
+        places = torch.arange(len(self.index))
+        on_matrices = self.sign.double() * products.matrices[places, self.index]
+        return float((on_matrices + products.gains[places, self.index]).sum())
+
+
 def _match_residual(
     groups: Groups,
     a: Read,
@@ -107,9 +141,13 @@ def _match_residual(
     found: Matched,
     signed: bool,
     orthogonal: bool,
+    fresh: bool,
     visit: Callable[[str], None],
 ) -> bool:
-    """Whether the residual stream's element changed; `ends` holds what no block's match changes."""
+    """Whether the residual stream's element changed; `ends` holds what no block's match changes.
+
+    fresh: the blocks' orders are still unknown, so what suits the ends comes first, if all together gains by it.
+    """
     alignment = found.alignment
     inner = Alignment({**alignment.index, RESIDUAL: torch.arange(groups.width)}, torch.ones(groups.width))
     moved = aligned(b, groups, inner)
@@ -118,28 +156,19 @@ def _match_residual(
         for name in parameters(groups, block):
             total.add(groups, name, a, moved)
         visit(f"residual stream, block {block.index}")
-    if orthogonal:
-        u, _, vh = torch.linalg.svd(total.matrices)
-        kept = alignment.rotation if alignment.rotation is not None else torch.eye(groups.width, dtype=torch.float64)
-        gain = float(((u @ vh - kept) * total.matrices).sum())
-        if gain <= GAIN * float(total.matrices.abs().max()):
-            return False
-        alignment.rotation = u @ vh
-        found.gains.append(gain)
-        return True
-    worth = (total.matrices.abs() if signed else total.matrices) + total.gains
-    index = assign(worth)
-    places = torch.arange(groups.width)
-    sign = total.matrices[places, index].sign().float() if signed else torch.ones(groups.width)
-    sign[sign == 0] = 1
-    now = alignment.index[RESIDUAL]
-    kept = alignment.sign.double() * total.matrices[places, now] + total.gains[places, now]
-    gain = float((worth[places, index] - kept).sum())
-    if gain <= GAIN * float(worth.abs().max()):
-        return False
-    alignment.index[RESIDUAL], alignment.sign = index, sign
-    found.gains.append(gain)
-    return True
+    rotation = alignment.rotation
+    if orthogonal and rotation is None:
+        rotation = torch.eye(groups.width, dtype=torch.float64)
+    now = _Stream(alignment.index[RESIDUAL], alignment.sign, rotation).worth(total)
+    least = GAIN * float((total.matrices.abs() + total.gains.abs()).max())
+    for products in (ends, total) if fresh else (total,):
+        best = _Stream.best(products, signed, orthogonal)
+        gain = best.worth(total) - now
+        if gain > least:
+            alignment.index[RESIDUAL], alignment.sign, alignment.rotation = best.index, best.sign, best.rotation
+            found.gains.append(gain)
+            return True
+    return False
 
 
 def _match_block(groups: Groups, block: Block, a: Read, b: Read, found: Matched, visit: Callable[[str], None]) -> bool:
