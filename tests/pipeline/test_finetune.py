@@ -38,7 +38,6 @@ FORMS = {
     "dictionaries": {"method": "cospadi", "structure": "cospadi"},
     "low rank and sparse": {"method": "sparse_low_rank"},
 }
-FOLDABLE = [form for form in FORMS if form != "low rank and sparse"]  # into which adapters can be folded
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +157,7 @@ def test_in_memory_training_keeps_the_dtype_and_says_what_is_wrong():
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FOLDABLE)
+@pytest.mark.parametrize("form", FORMS)
 def test_folded_adapters_are_the_same_function(form):
     model = tiny_model()
     llmcompress.compress(model, tokens=TOKENS, ratio=0.5, **FORMS[form])
@@ -189,7 +188,7 @@ def test_lora_ends_in_a_plain_checkpoint_whose_size_counts_the_adapters(inputs, 
     assert grown[0] > grown[1]
 
 
-@pytest.mark.parametrize("form", FOLDABLE)
+@pytest.mark.parametrize("form", FORMS)
 def test_adapters_that_gain_nothing_leave_no_trace(form, tmp_path):
     model = tiny_model()
     teacher = copy.deepcopy(model)
