@@ -514,7 +514,7 @@ def test_the_rotation_pays_on_a_models_factors(smollm2, smollm2_tokenizer, wikit
             print(cells)
             for name, (low, high) in ranges.items():
                 assert low <= round(cells[name], 3) <= high, name
-            assert 0.115 <= cells["gain"] <= 0.2
+            assert 0.11 <= cells["gain"] <= 0.2
             assert cells["balanced"] >= cells["√S split"]
     assert "the product is unchanged" in report.findings[-1]
     assert "what helps is the rotation" in report.findings[1]
