@@ -2,8 +2,9 @@
 
     python benchmarks/backends.py [--only volume ...]
 
-Times are medians of five runs in milliseconds, one table a backend, with the exponent of the last doubling and, where
-the cost is a matrix product's, the share of the machine's measured GEMM rate (float64).
+Times are CPU milliseconds of one thread, medians of five runs of the two in turn, so that other work on the machine
+tells little; with the exponent of the last doubling and, where the cost is a matrix product's, the share of the
+machine's measured GEMM rate (float64).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from scipy import sparse
 from llmcompress.backends.analysis.dual_smoothing import DualSmoothedClassifier, SmoothedClassifier, even_odd
 from llmcompress.backends.analysis.gp_pde import GPHM, fit_series
 from llmcompress.backends.analysis.singular_density import DeepDensity, fit_together
+from llmcompress.backends.curvature.mfac import DynamicFisherInverse
 from llmcompress.backends.geometry.augmented_covariance import augmented_covariance
 from llmcompress.backends.geometry.lie_group import balanced_gauge
 from llmcompress.backends.geometry.ponita import SeparableGroupConv
@@ -31,6 +33,9 @@ from llmcompress.backends.graphs.bootstrap_amg import bootstrap, spd_laplacian
 from llmcompress.backends.graphs.ila_sdp import likelihood_affinities, solve_la_sdp
 from llmcompress.backends.graphs.k_means import k_means
 from llmcompress.backends.graphs.one_connection import MixedGraph, implied_covariance, path_decomposition
+from llmcompress.backends.optim.aggregators import coordinate_median
+from llmcompress.backends.optim.auon import auon_update, newton_schulz
+from llmcompress.backends.optim.flag_aggregator import FlagAggregator
 from llmcompress.backends.recovery.matrix_completion import AltMinCompletion, multi_regression
 from llmcompress.backends.recovery.matrix_sensing import IdentityOperator, sense_asymmetric
 from llmcompress.backends.recovery.subgradient import QuadraticProbes, SubGMRecovery
@@ -56,19 +61,21 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator())
 
 
-def median_ms(run: Callable[[], Any], repeats: int = 5) -> float:
-    run()
-    spent = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        spent.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(spent)
+def median_ms(*runs: Callable[[], Any], repeats: int = 5) -> list[float]:
+    """Of each, the runs taken in turn."""
+    spent: list[list[float]] = [[] for _ in runs]
+    for repeat in range(repeats + 1):
+        for run, times in zip(runs, spent, strict=True):
+            start = time.process_time()
+            run()
+            if repeat:  # the first one warms up
+                times.append(time.process_time() - start)
+    return [1e3 * statistics.median(times) for times in spent]
 
 
 def gemm_rate() -> float:
     a = randn(1024, 1024)
-    return 2 * 1024**3 / (median_ms(lambda: a @ a) * 1e-3)
+    return 2 * 1024**3 / (median_ms(lambda: a @ a)[0] * 1e-3)
 
 
 def sensitivity(n: int) -> Case:
@@ -263,6 +270,19 @@ def completion_exact(k: int) -> Case:
     return sketched, exact, sketched()[1].flops
 
 
+def completion_batched(k: int) -> Case:
+    """All columns are of equal length here, so that their Grams are one batched product."""
+    sketched, _, flops = completion_exact(k)
+    cols, A, values = torch.arange(100).repeat(1000), randn(1000, k), randn(100_000)
+
+    def normal_equations() -> torch.Tensor:
+        order = cols.argsort(stable=True)
+        rows, right = A[order // 100].view(100, 1000, k), values[order].view(100, 1000, 1)
+        return torch.cholesky_solve(rows.mT @ right, torch.linalg.cholesky(rows.mT @ rows))
+
+    return sketched, normal_equations, flops
+
+
 def sensing(n: int) -> Case:
     M, op = randn(n, n), IdentityOperator(n, n)
     descend = lambda: sense_asymmetric(op, M.flatten(), 32, 1.0, max_iter=20, generator=generator())  # noqa: E731
@@ -274,6 +294,50 @@ def subgradient(d: int) -> Case:
     y = probes.read(randn(d, 3))
     fit = lambda: SubGMRecovery(16, alpha=0.5, max_iter=50).fit(probes, y)  # noqa: E731
     return fit, lambda: rows.T @ rows, 50 * 8 * 2000 * d * 16
+
+
+def mfac(d: int) -> Case:
+    m, lam, G = 64, 1e-4, randn(64, d)
+    window = DynamicFisherInverse(m, d, lam, torch.float64)
+    for g in G:
+        window.update(g)
+
+    def woodbury() -> torch.Tensor:
+        inner = torch.cholesky_solve(G @ G[:1].T, torch.linalg.cholesky(m * torch.eye(m).to(G) + G @ G.T / lam))
+        return G[0] / lam - (G.T @ inner)[:, 0] / lam**2
+
+    return lambda: window.mul_slot(window.update(G[0])), woodbury, 2 * 2 * d * m + m**3 / 3
+
+
+def mfac_dense(d: int) -> Case:
+    step, G = mfac(d)[0], randn(64, d)
+    fisher = lambda: 1e-4 * torch.eye(d).to(G) + G.T @ G / 64  # noqa: E731
+    return step, lambda: torch.cholesky_solve(G[:1].T, torch.linalg.cholesky(fisher())), 2 * 2 * d * 64
+
+
+def auon(n: int) -> Case:
+    M = randn(n, n).float()
+    return lambda: auon_update(M), lambda: newton_schulz(M, 5), 0.0
+
+
+def auon_svd(n: int) -> Case:
+    M = randn(n, n).float()
+
+    def orthogonal() -> torch.Tensor:
+        u, _, vh = torch.linalg.svd(M)
+        return u @ vh
+
+    return lambda: auon_update(M), orthogonal, 0.0
+
+
+def flag(n: int) -> Case:
+    G, aggregate = randn(15, n).float(), FlagAggregator()
+    return lambda: aggregate(G), lambda: G.mean(0), 2 * 15 * 15 * n
+
+
+def flag_median(n: int) -> Case:
+    G, aggregate = randn(15, n).float(), FlagAggregator()
+    return lambda: aggregate(G), lambda: coordinate_median(G, 0), 2 * 15 * 15 * n
 
 
 #: name -> (case, sizes, what is compared with)
@@ -297,8 +361,15 @@ CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
     "ponita": (ponita, [64, 128, 256, 512], "full kernel"),
     "matrix_completion": (completion, [200, 400, 800], "full SVD, all seen"),
     "matrix_completion, regressions of k columns": (completion_exact, [8, 16, 32, 64], "exact"),
+    "matrix_completion, columns of one length": (completion_batched, [8, 16, 32, 64], "exact, one batched product"),
     "matrix_sensing": (sensing, [128, 256, 512], "full SVD"),
     "subgradient": (subgradient, [64, 128, 256, 512], "the Gram itself"),
+    "mfac": (mfac, [16384, 32768, 65536, 131072], "Woodbury, anew"),
+    "mfac, against a dense matrix": (mfac_dense, [512, 1024, 2048], "dense Cholesky"),
+    "auon": (auon, [256, 512, 1024], "Newton-Schulz, 5 steps"),
+    "auon, against an SVD": (auon_svd, [256, 512, 1024], "orthogonal factor by SVD"),
+    "flag": (flag, [131072, 262144, 524288, 1048576], "mean"),
+    "flag, against the median": (flag_median, [131072, 262144, 524288, 1048576], "coordinate median"),
     "kronecker_sbl": (kronecker_sbl, [10, 20, 30], "SBL without structure"),
     "bootstrap_amg": (bootstrap_amg, [500, 1000, 2000], "eigh"),
     "ila_sdp": (ila_sdp, [50, 100, 200], "k-means"),
@@ -311,7 +382,7 @@ CASES: dict[str, tuple[Callable[[int], Case], list[int], str]] = {
 
 def growth(only: list[str]) -> Table:
     peak = gemm_rate()
-    table = Table(title=f"{torch.get_num_threads()} threads, GEMM {peak / 1e9:.1f} GFLOP/s, torch {torch.__version__}")
+    table = Table(title=f"one thread, GEMM {peak / 1e9:.1f} GFLOP/s, torch {torch.__version__}")
     for column in ("backend", "size", "ms", "exponent", "of GEMM", "baseline", "ms ", "ratio"):
         table.add_column(column, justify="left" if column in ("backend", "baseline") else "right")
     for name, (case, sizes, against) in CASES.items():
@@ -320,7 +391,7 @@ def growth(only: list[str]) -> Table:
         before = None
         for size in sizes:
             ours, theirs, flops = case(size)
-            spent, other = median_ms(ours), median_ms(theirs)
+            spent, other = median_ms(ours, theirs)
             exponent = "" if before is None else f"{math.log2(spent / before):.2f}"
             share = f"{flops / (spent * 1e-3) / peak:.0%}" if flops else ""
             table.add_row(name, f"{size:,}", f"{spent:.2f}", exponent, share, against, f"{other:.2f}",
@@ -332,6 +403,7 @@ def growth(only: list[str]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="names of backends, up to a comma")
+    torch.set_num_threads(1)
     Console(width=120).print(growth(parser.parse_args().only))
 
 

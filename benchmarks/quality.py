@@ -50,6 +50,7 @@ STEPS: dict[str, dict[str, Any]] = {
         "share": "input",
         "allocation": "loss_aware",
     },
+    "sparse_low_rank": {"method": "sparse_low_rank"},
     "cospadi, private": {"method": "cospadi", "share": "none"},
     "cospadi, dictionaries only": {"method": "cospadi", "structure": "cospadi"},
     "cospadi": {"method": "cospadi"},

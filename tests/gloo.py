@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -70,5 +71,56 @@ def process(rank, port, folder):
             robust_allreduce_(model, FlagAggregator())
         except InputError as error:
             found[what] = str(error)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+TRAINERS, BAD = 3, 1  # processes that train together, and the one that lies
+FAULTS = {"reversed": -10.0, "nan": math.nan, "none": 1.0}
+
+
+def fine_tune(rank, port, folder):
+    """Six steps of the transformers Trainer, each of its processes a worker, with the aggregator and with the mean."""
+    import llmcompress
+    from llmcompress.calibration.text import generate_text
+    from llmcompress.finetune.train import train
+    from llmcompress.finetune.trainer import FinetuneTrainer
+    from llmcompress.recipe import Finetune
+    from tests.tiny import tiny_model
+
+    torch.set_num_threads(1)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": TRAINERS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in places.items()}
+    tokens = generate_text(tiny_model, 1, 48, 16, seed=0)
+    standings = []
+
+    class Spoilt(FinetuneTrainer):
+        factor = 1.0
+
+        def compute_loss(self, model, inputs, return_outputs=False, **rest):
+            found = super().compute_loss(model, inputs, return_outputs, **rest)
+            return found * self.factor if model.training and not return_outputs else found
+
+        def training_step(self, *args, **kwargs):
+            found = super().training_step(*args, **kwargs)
+            standings.append(self.rule.values_.tolist() if self.rule else None)
+            return found
+
+    llmcompress.finetune.train.FinetuneTrainer = Spoilt
+    found = {}
+    for fault, factor in FAULTS.items():
+        for rule in ("flag", None):
+            if (fault, rule) == ("nan", None):
+                continue
+            Spoilt.factor = factor if rank == BAD else 1.0
+            model = tiny_model()
+            llmcompress.compress(model, tokens=tokens, ratio=0.3)
+            section = Finetune(
+                steps=6, lr=3e-4, length=16, batch=4, validation=8, evaluate_every=2, aggregator=rule
+            )  # fmt: skip
+            run = train(model, tokens, section, Path(folder) / f"{fault}-{rule}", teacher=tiny_model())
+            weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+            found[fault, rule] = (run.validation_before, run.validation_after, weights, standings[:])
+            standings.clear()
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from llmcompress.errors import InputError
 from llmcompress.layers.base import StructuredLinear
 from llmcompress.layers.low_rank import LowRankLinear, unpack_mask
 from llmcompress.layers.sparse_dictionary import SparseDictionaryLinear, unpack_codes, widen
+from llmcompress.layers.sparse_low_rank import SparseLowRankLinear
 from llmcompress.types import Problem, Site
 
 ADAPTER = "default"
@@ -67,11 +69,11 @@ def units(layers: dict[str, StructuredLinear]) -> list[Unit]:
 
 def _check_room(unit: Unit, rank: int) -> None:
     for name, layer in unit.items():
-        if not isinstance(layer, (LowRankLinear, SparseDictionaryLinear)):
+        if type(layer) not in FOLDS:
             raise InputError(
                 f"finetune.method: lora cannot make an adapter part of a {layer.kind} layer; use lrc or full"
             )
-        if isinstance(layer, LowRankLinear):
+        if isinstance(layer, (LowRankLinear, SparseLowRankLinear)):
             most = min(layer.d_in, sum(member.d_out for member in unit.values()))
             if layer.rank + len(unit) * rank > most:
                 room = (most - layer.rank) // len(unit)
@@ -82,16 +84,14 @@ def fold_adapters(adapted: nn.Module) -> None:
     """Makes the adapters of a peft model part of the layers of the model within, as directions or atoms of their own.
 
     A low-rank layer grows by the adapter's rank, the layers of a unit by those of all its members; a dictionary by
-    as many atoms, of which each layer's outputs use those of its own adapter.
+    as many atoms, of which each layer's outputs use those of its own adapter; low rank plus sparse keeps its entries.
     """
     model, wrapped = _within(adapted)
     layers = {name: module.base_layer for name, module in wrapped.items()}
     with torch.no_grad():
         for unit in units(layers):
             pairs = [_adapter(wrapped[name]) for name in unit]
-            first = next(iter(unit.values()))
-            fold = fold_low_rank if isinstance(first, LowRankLinear) else fold_dictionary
-            install(model, fold(unit, pairs))
+            install(model, FOLDS[type(next(iter(unit.values())))](unit, pairs))
 
 
 def drop_adapters(adapted: nn.Module) -> None:
@@ -157,3 +157,21 @@ def fold_dictionary(unit: Unit, pairs: list[tuple[Tensor, Tensor]]) -> dict[str,
         )  # fmt: skip
         atoms += rank
     return folded
+
+
+def fold_sparse_low_rank(unit: Unit, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, StructuredLinear]:
+    """The layer of A B + L R + S, of rank r + q, with the same entries of their own."""
+    ((name, layer),) = cast("dict[str, SparseLowRankLinear]", unit).items()
+    ((left, right),) = pairs
+    A, B = torch.cat((layer.A, left.to(layer.A)), 1), torch.cat((layer.B, right.to(layer.B)))
+    empty, places = A.new_zeros(layer.d_out, layer.d_in), tuple(layer.places)
+    entries = empty.index_put(places, layer.values)
+    mask = empty.bool().index_put(places, torch.tensor(True, device=A.device))
+    return {name: SparseLowRankLinear.from_factors(A, B, entries, mask, layer.bias)}
+
+
+FOLDS: dict[type[StructuredLinear], Callable[[Unit, list[tuple[Tensor, Tensor]]], dict[str, StructuredLinear]]] = {
+    LowRankLinear: fold_low_rank,
+    SparseDictionaryLinear: fold_dictionary,
+    SparseLowRankLinear: fold_sparse_low_rank,
+}

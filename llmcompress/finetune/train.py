@@ -200,6 +200,7 @@ def _before(trainer: FinetuneTrainer, folder: Path) -> float | None:
         with safe_open(path, "pt") as file:
             return float(file.metadata()["validation"])
     loss: float = trainer.evaluate()["eval_loss"]
+    trainer.forget_evaluation()
     if not math.isfinite(loss):
         raise RunError("the validation loss is not finite before any training: check the model")
     if trainer.is_world_process_zero():

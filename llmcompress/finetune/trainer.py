@@ -99,6 +99,16 @@ class FinetuneTrainer(Trainer):
                 loss = loss + section.block_loss * distance
         return (loss, outputs) if return_outputs else loss
 
+    def forget_evaluation(self) -> None:
+        """To be called between an evaluation and the training after it.
+
+        accelerate marks a model that it has prepared for evaluation, and would then not wrap it for training: each of
+        several processes would train alone, their gradients never averaged.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # those prepare it for training at once
+            self.accelerator.free_memory()
+            self.model._is_accelerate_prepared = False
+
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         if self.rule is not None:
             with self.accelerator.no_sync(model):

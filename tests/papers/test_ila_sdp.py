@@ -2,6 +2,7 @@
 
 import itertools
 
+import cvxpy
 import numpy as np
 import pytest
 import torch
@@ -93,6 +94,21 @@ def test_it_finds_the_best_of_all_partitions():
         assert found.converged
         assert found.objective >= best - 1e-4 * abs(best)
         assert found.objective <= best + 1e-3 * abs(best)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cvxpy_finds_the_same_optimum(seed):
+    """Where clusters overlap and the relaxation is not tight, too."""
+    X, _, covs = hetero(14, seed, 1.0, 2)
+    A = likelihood_affinities(X, covs).numpy()
+    Z = [cvxpy.Variable((14, 14), PSD=True) for _ in range(2)]
+    rules = [part >= 0 for part in Z] + [cvxpy.trace(part) == 1 for part in Z] + [cvxpy.sum(Z[0] + Z[1], 1) == 1]
+    program = cvxpy.Problem(cvxpy.Maximize(sum(cvxpy.trace(a @ part) for a, part in zip(A, Z, strict=True))), rules)
+    program.solve(solver="CLARABEL")
+    found = solve_la_sdp(torch.tensor(A), tol=1e-6, max_iter=6000)
+    print(found.objective, program.value)
+    assert found.objective == pytest.approx(program.value, rel=1e-4)
+    np.testing.assert_allclose(found.Z.sum(0), Z[0].value + Z[1].value, atol=2e-2)
 
 
 def test_equal_covariances_give_the_peng_wei_program():

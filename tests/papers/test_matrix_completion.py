@@ -140,6 +140,9 @@ def test_a_mask_that_sees_most_and_the_list_of_its_entries_agree():
     torch.testing.assert_close(dense.adjoint(A, dense.values), sparse.adjoint(A, sparse.values))
     torch.testing.assert_close(dense.grams(A), sparse.grams(A))
     assert dense.count == sparse.count
+    rows, cols = torch.tensor([7, 41, 0, 59]), torch.tensor([49, 3, 3, 0])  # few: the product of those alone
+    few = SparseEntries(rows, cols, M[rows, cols], (60, 50))
+    torch.testing.assert_close(few.product(A, V), (A @ V.T)[few.rows, few.cols])
 
 
 # --- its parts -------------------------------------------------------------------------------------------------------
@@ -203,7 +206,7 @@ def test_clipping_keeps_a_heavy_row_from_owning_a_direction():
 
 
 def test_a_step_costs_what_checking_the_answer_does():
-    """In operations: in time both are bound by memory here, and the exact solve's products are the denser ones."""
+    """In operations; `benchmarks/backends.py` has the times."""
     rows = torch.arange(1000).repeat_interleave(100)
     cols = torch.arange(100).repeat(1000)
     vals, A = randn(100_000, seed=1), randn(1000, 32)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import sympy
 import torch
+from scipy.stats import spearmanr
 
 from llmcompress.backends.graphs.one_connection import (
     MixedGraph,
@@ -264,6 +265,31 @@ def test_the_real_models_variance_is_explained(smollm2, smollm2_tokenizer):
     gap = float(report.findings[0].split("differ by ")[1].split(";")[0])
     print(report.title, report.findings)
     assert gap <= 1e-3
+
+
+@pytest.mark.slow
+def test_the_shares_do_not_rank_what_can_be_dropped(smollm2, smollm2_tokenizer, wikitext):
+    """Rank correlation with the loss that dropping each of the 30 blocks costs: a part's plain variance does better."""
+    tokens = torch.tensor([smollm2_tokenizer(wikitext["test"][:8000])["input_ids"][:1504]]).view(4, 376)
+    report = residual_stream_report(smollm2, tokens, "target_logit", top_paths=5)
+    assert sum(report.column("innovation share")) == pytest.approx(1, abs=1e-8)
+    assert float(report.findings[0].split("differ by ")[1].split(";")[0]) <= 1e-3
+
+    @torch.no_grad()
+    def loss():
+        return float(smollm2(input_ids=tokens, labels=tokens).loss)
+
+    dense, costs = loss(), []
+    for block in smollm2.model.layers:
+        hook = block.register_forward_hook(lambda _, inputs, output: inputs[0])
+        costs.append(loss() - dense)
+        hook.remove()
+    found = {
+        name: spearmanr(report.column(name)[1:], costs).statistic for name in ("innovation share", "variance")
+    }  # fmt: skip
+    print(report.title, report.findings[0], found)
+    assert found["innovation share"] <= 0.4
+    assert found["variance"] >= found["innovation share"] + 0.1
 
 
 def test_the_heaviest_paths_are_those_of_a_full_enumeration():

@@ -4,12 +4,14 @@ import copy
 import json
 import math
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 import yaml
 from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,6 +26,7 @@ from llmcompress.finetune.lora import add_adapters, fold_adapters
 from llmcompress.finetune.train import train
 from llmcompress.finetune.trainer import FinetuneTrainer
 from llmcompress.recipe import Finetune
+from tests import gloo
 from tests.tiny import recipe, save_tiny, tiny_model, write_text
 
 SECTION = {"steps": 6, "lr": 3e-3, "length": 16, "batch": 4, "validation": 8, "evaluate_every": 2}
@@ -35,7 +38,6 @@ FORMS = {
     "dictionaries": {"method": "cospadi", "structure": "cospadi"},
     "low rank and sparse": {"method": "sparse_low_rank"},
 }
-FOLDABLE = [form for form in FORMS if form != "low rank and sparse"]  # into which adapters can be folded
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +157,7 @@ def test_in_memory_training_keeps_the_dtype_and_says_what_is_wrong():
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FOLDABLE)
+@pytest.mark.parametrize("form", FORMS)
 def test_folded_adapters_are_the_same_function(form):
     model = tiny_model()
     llmcompress.compress(model, tokens=TOKENS, ratio=0.5, **FORMS[form])
@@ -186,7 +188,7 @@ def test_lora_ends_in_a_plain_checkpoint_whose_size_counts_the_adapters(inputs, 
     assert grown[0] > grown[1]
 
 
-@pytest.mark.parametrize("form", FOLDABLE)
+@pytest.mark.parametrize("form", FORMS)
 def test_adapters_that_gain_nothing_leave_no_trace(form, tmp_path):
     model = tiny_model()
     teacher = copy.deepcopy(model)
@@ -319,6 +321,30 @@ def test_two_processes_train_as_one_with_twice_the_batch(inputs, checkpoint, tmp
     assert two["tokens"] == one["tokens"] == 6 * 8 * 16
     assert two["validation_before"] == pytest.approx(one["validation_before"], rel=1e-5)
     assert two["first_loss"] == pytest.approx(one["first_loss"], rel=1e-4)
+    assert two["last_loss"] == pytest.approx(one["last_loss"], rel=1e-4), "the gradients were averaged"
+    assert two["validation_after"] == pytest.approx(one["validation_after"], rel=1e-4)
+
+
+def test_processes_with_an_aggregator_outvote_a_bad_one(tmp_path):
+    """Three processes of the Trainer over gloo; one's gradients are reversed and ten times as long, or not finite."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(gloo.fine_tune, (port, str(tmp_path)), gloo.TRAINERS)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(gloo.TRAINERS)]
+    gains = {}
+    for run, (before, after, weights, standings) in ranks[0].items():
+        gains[run] = before - after
+        for other in ranks[1:]:
+            assert torch.equal(other[run][2], weights), f"{run}: the processes drift apart"
+            assert other[run][3] == standings
+        assert torch.isfinite(weights).all()
+    print(gains)
+    assert gains["reversed", None] == 0, "the mean goes uphill, and is undone"
+    assert min(gains["reversed", "flag"], gains["nan", "flag"]) > 0
+    assert gains["none", "flag"] == pytest.approx(gains["none", None], rel=0.5)
+    for values in ranks[0]["nan", "flag"][3]:
+        assert [value > 0 for value in values] == [rank != gloo.BAD for rank in range(gloo.TRAINERS)], "it is named"
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

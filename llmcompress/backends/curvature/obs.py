@@ -37,7 +37,7 @@ def obs_prune(
     geometrically, the weights of least w_i² / (2 [F⁻¹]_ii) go, the others take on what they did (F⁻¹ t, t_i =
     -w_i / [F⁻¹]_ii on the dropped ones) if `update`; F is that of the weights left, in blocks. damp: lam, or
     relative: the mean squared gradient, for gradients of unknown scale. mask: weights that there are to begin with.
-    InputError for bad arguments. Source: arXiv 2107.03356, section 4.
+    O(d m²) a recomputation beside its gradients. InputError for bad arguments. Source: arXiv 2107.03356, section 4.
     """
     left = torch.ones_like(weight_flat, dtype=torch.bool) if mask is None else mask.clone()
     start, target = float(left.float().mean()), 1 - sparsity

@@ -76,7 +76,7 @@ class _GroupLayer(nn.Module):
 
 
 class LiftConv2d(_GroupLayer):
-    """Images (B, C_in, H, W) and N group elements -> (B, C_out, N, H', W'), no padding."""
+    """Images (B, C_in, H, W) and N group elements -> (B, C_out, N, H', W'), no padding. O(B N C_in C_out k² H' W')."""
 
     def __init__(
         self,
@@ -105,6 +105,7 @@ class GroupConv2d(_GroupLayer):
     """Functions on positions and N group elements, (B, C_in, N, H, W) -> (B, C_out, N, H, W), zero-padded.
 
     weighted: the mean over samples uses their importance weights, as invariance asks; the paper's code does not.
+    O(B N² C_in C_out k² H W).
     """
 
     def __init__(

@@ -78,7 +78,8 @@ class LieGroup:
             gram = x.T @ x
             factors = svd_llm_factorize(weight, gram, rank)
             root = factors.singular_values[:rank].sqrt()
-            gauges = {"one-sided": (factors.A * root, factors.B / root[:, None]), "split": (factors.A, factors.B)}
+            # the weight is (d_out, d_in): its U S is the factor on the outputs' side, B here
+            gauges = {"U S | V": (factors.A / root, factors.B * root[:, None]), "split": (factors.A, factors.B)}
             for rotation in ("symmetric", "random", "hadamard"):
                 try:
                     found = balanced_gauge(factors.A, factors.B, rotation, subject.seed)

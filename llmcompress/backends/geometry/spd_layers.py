@@ -35,6 +35,7 @@ class GBWBatchNorm(nn.Module):
     (`mean_iters` fixed-point steps) and variance are used, without gradients, and enter the running ones with weight
     `momentum`. Computes in float64, returns the input's dtype. `folded` counts matrices whose scaled tangent vector
     leaves the domain of the exponential: their output is not where it should be, and the first time is warned of.
+    O(N n³) a batch.
     """
 
     running_mean: Tensor

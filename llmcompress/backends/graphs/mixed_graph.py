@@ -91,7 +91,7 @@ def disjoint_cycle_sets(G: MixedGraph, max_terms: int = MAX_TERMS) -> list[Term]
 def one_connections(G: MixedGraph, i: int, j: int, max_terms: int = MAX_TERMS) -> list[Term]:
     """Entry (i, j) of the adjugate of I - Lambda: a simple path i to j and vertex-disjoint cycles beside it.
 
-    InputError for unknown vertices, or more than max_terms.
+    InputError for unknown vertices, or more than max_terms. Cost: as many as there are, (n - 1)! in a complete graph.
     """
     for vertex in (i, j):
         if not 0 <= vertex < G.n:

@@ -74,7 +74,7 @@ def auon_update(
     """U (a, b) from the momentum M (a, b), and R - 1. M is float32 or float64, and not zero.
 
     paper: X / R; repo: M / R with gamma 1.5; hybrid: Newton-Schulz of X, over its R; rms (an extension): gamma =
-    sqrt N, under which R grows with the heaviest entries.
+    sqrt N, under which R grows with the heaviest entries. O(a b); hybrid adds O(a b min(a, b)) a step.
     """
     if variant == "hybrid":
         Y = newton_schulz(M, ns_steps)

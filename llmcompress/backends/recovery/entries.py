@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 17  # gathered values that are held at a time: they stay in the cache
+WHOLE_SHARE = 0.1  # of the entries seen: from there on a product taken whole is faster than at the entries alone
 NARROW = 1e3  # times the dtype's epsilon: a diagonal of R below that share of its largest entry is no preconditioner
 
 
@@ -44,7 +45,7 @@ class SparseEntries:
     """M[rows, cols] = values, each pair once, kept by columns. Products are those of sparse matrices, O(seen k)."""
 
     def __init__(self, rows: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
-        order = (cols * shape[0] + rows).argsort()
+        self._places, order = (cols * shape[0] + rows).sort()
         self.rows, self.cols, self.values, self.shape = rows[order], cols[order], values[order], shape
         self.seen = torch.bincount(self.cols, minlength=shape[1])
         self._starts = _starts(self.seen)
@@ -56,6 +57,8 @@ class SparseEntries:
         return len(self.values)
 
     def product(self, A: Tensor, V: Tensor) -> Tensor:
+        if self.count >= WHOLE_SHARE * self.shape[0] * self.shape[1]:
+            return (V @ A.T).take(self._places)
         return torch.sparse.sampled_addmm(self._by_columns, V, A.T, beta=0.0).values()
 
     def adjoint(self, A: Tensor, residual: Tensor) -> Tensor:
@@ -76,13 +79,15 @@ class SparseEntries:
     def sketched_roots(self, A: Tensor, size: int, ridge: float, generator: torch.Generator) -> Tensor:
         """From a CountSketch of the rows that each column sees; one that sees at most `size` is not compressed."""
         n, k = self.shape[1], A.shape[1]
-        place = torch.arange(self.count, device=A.device) - self._starts[self.cols]
-        drawn = torch.randint(size, (self.count,), generator=generator, device=A.device)
-        bucket = self.cols * size + torch.where((self.seen > size)[self.cols], drawn, place)
-        sign = 2.0 * torch.randint(2, (self.count,), generator=generator, device=A.device).to(A.dtype) - 1
-        order = bucket.argsort()
-        starts = _starts(torch.bincount(bucket, minlength=n * size))
-        sketch = (_csr(starts, self._narrow[order], sign, (n * size, len(A))) @ A).view(n, size, k)
+        first = (self.seen.cumsum(0) - self.seen)[self.cols]
+        place = torch.arange(self.count, device=A.device) - first
+        drawn = torch.randint(2 * size, (self.count,), generator=generator, device=A.device)
+        bucket = self.cols * size + torch.where((self.seen > size)[self.cols], drawn >> 1, place)
+        sign = 1 - 2 * (drawn & 1).to(A.dtype)
+        sketch = A.new_zeros(n * size, k)
+        for p in self._parts(k):
+            sketch.index_add_(0, bucket[p], A.index_select(0, self.rows[p]).mul_(sign[p, None]))
+        sketch = sketch.view(n, size, k)
         if ridge:
             shift = (ridge**0.5 * torch.eye(k, dtype=A.dtype, device=A.device)).expand(n, k, k)
             sketch = torch.cat((sketch, shift), 1)

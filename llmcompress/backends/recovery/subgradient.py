@@ -132,7 +132,8 @@ class SubGMRecovery(BaseEstimator):
     rho, max_iter, tol: see `descend`; outliers declares that some of y may be wrong by any amount, which the step
     `loss` cannot take. After `fit`: U_ (d, rank), X_ (d, d), loss_curve_, scale_ (||X*||_F as estimated from the median
     of |y|), effective_rank_ (eigenvalues of X_ above a thousandth of the largest), converged_ (False with tol = 0).
-    float32 (alpha >= 1e-3) or float64. InputError for bad arguments, RunError if it diverges.
+    float32 (alpha >= 1e-3) or float64. O(m d²) a step, O(m d r') with probes. InputError for bad arguments, RunError
+    if it diverges.
     """
 
     def __init__(
