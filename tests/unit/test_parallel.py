@@ -2,10 +2,10 @@ import threading
 
 import pytest
 import torch
-from tests.tiny import tiny_model
 
 import llmcompress
 from llmcompress.parallel import side_by_side
+from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
 
