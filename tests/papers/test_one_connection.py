@@ -270,7 +270,7 @@ def test_the_real_models_variance_is_explained(smollm2, smollm2_tokenizer):
 @pytest.mark.slow
 def test_the_shares_do_not_rank_what_can_be_dropped(smollm2, smollm2_tokenizer, wikitext):
     """Rank correlation with the loss that dropping each of the 30 blocks costs: a part's plain variance does better."""
-    tokens = torch.tensor([smollm2_tokenizer(wikitext["test"][:8000])["input_ids"][:1504]]).view(4, 376)
+    tokens = torch.tensor([smollm2_tokenizer(wikitext["test"][:12_000])["input_ids"][:1504]]).view(4, 376)
     report = residual_stream_report(smollm2, tokens, "target_logit", top_paths=5)
     assert sum(report.column("innovation share")) == pytest.approx(1, abs=1e-8)
     assert float(report.findings[0].split("differ by ")[1].split(";")[0]) <= 1e-3
