@@ -459,18 +459,31 @@ def test_bad_mixtures(texts, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def apart(text, parts, size):
+    """Pieces from equally distant places: of as many documents, where documents are shorter than the distance."""
+    return [text[len(text) * part // parts :][:size] for part in range(parts)]
+
+
 @pytest.fixture(scope="module")
 def domains(smollm2, smollm2_tokenizer, wikitext):
-    """Inputs of two layers on prose, help texts, arithmetic, and a text that is half prose, half arithmetic."""
-    sums = " ".join(f"{a} + {b} = {a + b}." for a in range(40, 90) for b in range(30, 80))
-    sources = {
-        "": wikitext["valid"][:16_000], "docs": python_docs("train")[0][:16_000], "arithmetic": sums[:16_000],
-    }  # fmt: skip
-    stream = {name: tokenize(smollm2_tokenizer, [text]) for name, text in sources.items()}
-    tokens = {name: pack(part, 6, 256, name) for name, part in stream.items()}
-    other = pack(tokenize(smollm2_tokenizer, [wikitext["test"][:8000]]), 4, 256, "test").view(8, 128)
-    more = pack(stream["arithmetic"][1536:], 4, 256, "arithmetic").view(8, 128)
-    tokens["target"] = torch.stack((other, more), 1).reshape(8, 256)
+    """Inputs of two layers on prose, help texts, arithmetic, and a text that is half prose, half arithmetic.
+
+    Each row is of a place of its own, so that a text's first rows are of other documents than its rest.
+    """
+    draw = np.random.default_rng(0)
+    sums = " ".join(f"{a} + {b} = {a + b}." for a, b in draw.integers(30, 90, (4000, 2)))
+
+    def rows(text, count, length):
+        return torch.cat([
+            pack(tokenize(smollm2_tokenizer, [piece]), 1, length, "text") for piece in apart(text, count, 8 * length)
+        ])  # fmt: skip
+
+    tokens = {
+        name: rows(text, 12, 256)
+        for name, text in {"": wikitext["valid"], "docs": python_docs("train")[0], "arithmetic": sums[:30_000]}.items()
+    }
+    halves = rows(wikitext["test"], 12, 128), rows(sums[30_000:], 12, 128)
+    tokens["target"] = torch.cat(halves, 1)
     targets = [r"layers\.6\.mlp\.gate_proj", r"layers\.15\.mlp\.gate_proj"]
     return gather_texts(smollm2, tokens, targets)
 
