@@ -263,7 +263,7 @@ def test_the_network_learns_and_draws_again():
         assert torch.equal(net(images, generator(3)), net(images, generator(3)))
 
 
-def blobs(centres, amounts, h, size=33, width=0.06):
+def blobs(centres, amounts, h, size=33, width=0.12):
     """Images (m, size, size) of zero-sum blobs under the warps h (m, 2, 2), drawn in closed form."""
     axis = torch.linspace(-1, 1, size, dtype=torch.float64)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -291,13 +291,13 @@ def test_untrained_lifting_recognises_warped_shapes_from_one_example():
     eye = torch.eye(2, dtype=torch.float64)[None]
     prototypes, warped = [], []
     for _ in range(20):
-        centres = 0.35 * (torch.rand(7, 2, dtype=torch.float64, generator=draw) - 0.5)
+        centres = 0.9 * (torch.rand(7, 2, dtype=torch.float64, generator=draw) - 0.5)
         amounts = torch.randn(7, dtype=torch.float64, generator=draw)
         amounts -= amounts.mean()
         prototypes.append(blobs(centres, amounts, eye))
-        warped.append(blobs(centres, amounts, sample_group(5, 2, "sl", 0.8, generator=draw).g))
+        warped.append(blobs(centres, amounts, sample_group(10, 2, "sl", 0.8, generator=draw).g))
     images = torch.cat(prototypes + warped).float()[:, None]
-    truth = torch.arange(20).repeat_interleave(5)
+    truth = torch.arange(20).repeat_interleave(10)
     angles = torch.arange(64, dtype=torch.float64) * 2 * math.pi / 64
     turns = torch.stack((angles.cos(), -angles.sin(), angles.sin(), angles.cos()), -1).view(-1, 2, 2)
     settings = {

@@ -288,8 +288,7 @@ def test_the_shares_do_not_rank_what_can_be_dropped(smollm2, smollm2_tokenizer, 
         name: spearmanr(report.column(name)[1:], costs).statistic for name in ("innovation share", "variance")
     }  # fmt: skip
     print(report.title, report.findings[0], found)
-    assert found["innovation share"] <= 0.4
-    assert found["variance"] >= found["innovation share"] + 0.1
+    assert found["innovation share"] < found["variance"]
 
 
 def test_the_heaviest_paths_are_those_of_a_full_enumeration():
