@@ -2,10 +2,14 @@
 
 import math
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,6 +18,15 @@ from llmcompress.backends.optim.flag_aggregator import FlagAggregator
 from llmcompress.errors import InputError
 
 PROCESSES = 5
+
+
+def run(work: Callable[[int, int, str], None], count: int, folder: Path) -> list[Any]:
+    """What each of `count` processes of work(rank, port, folder) has saved as folder/RANK.pt."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(work, (port, str(folder)), count)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
 
 def _network():

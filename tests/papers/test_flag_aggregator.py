@@ -2,12 +2,10 @@
 
 import copy
 import math
-import socket
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -246,11 +244,7 @@ def test_microbatches_as_workers():
 
 
 def test_five_processes_one_of_them_broken(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(gloo.process, (port, str(tmp_path)), gloo.PROCESSES)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(gloo.PROCESSES)]
+    found = gloo.run(gloo.process, gloo.PROCESSES, tmp_path)
     rows = [gloo.local_gradient(rank)[1] for rank in range(gloo.PROCESSES)]
     broken = [row.clone() for row in rows]
     broken[1][:600] = math.nan

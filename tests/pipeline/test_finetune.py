@@ -4,14 +4,12 @@ import copy
 import json
 import math
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -327,11 +325,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(inputs, checkpoint, tmp
 
 def test_processes_with_an_aggregator_outvote_a_bad_one(tmp_path):
     """Three processes of the Trainer over gloo; one's gradients are reversed and ten times as long, or not finite."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(gloo.fine_tune, (port, str(tmp_path)), gloo.TRAINERS)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(gloo.TRAINERS)]
+    ranks = gloo.run(gloo.fine_tune, gloo.TRAINERS, tmp_path)
     gains = {}
     for run, (before, after, weights, standings) in ranks[0].items():
         gains[run] = before - after
