@@ -18,6 +18,7 @@ from llmcompress.checkpoint.install import install, shared_tensors
 from llmcompress.compressors.allocation.spectra import profile as profile_in
 from llmcompress.errors import InputError, RunError
 from llmcompress.finetune.block_recovery import recover_block
+from llmcompress.finite import all_finite
 from llmcompress.layers.base import StructuredLinear
 from llmcompress.models.runner import Runner, check_finite
 from llmcompress.parallel import side_by_side
@@ -394,7 +395,7 @@ class Engine:
     def _check_weights(self, sites: Sequence[Site]) -> None:
         """Before a block is run: what comes out of it would not tell which of its weights is to blame."""
         for site in sites:
-            if not torch.isfinite(self.runner.weight(site)).all():
+            if not all_finite(self.runner.weight(site)):
                 raise InputError(f"{site.name}: its weight is not finite")
 
     def _problem(self, unit: Sequence[Site], fresh: dict[str, Statistics] | None) -> Problem:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
+from llmcompress.finite import all_finite
 
 if TYPE_CHECKING:
     from llmcompress.layers.base import StructuredLinear
@@ -88,7 +89,7 @@ class Statistics:
         value: Tensor | None = getattr(self, name)
         if value is None:
             raise InputError(f"{site}: this method needs the statistic '{name}', which calibration did not measure")
-        if not torch.isfinite(value).all():
+        if not all_finite(value):
             raise InputError(f"{site}: the statistic '{name}' is not finite")
         return value
 

@@ -45,7 +45,7 @@ def _expand_kernel() -> tuple[Kernel, Tensor]:
 def supports(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` takes them, and can be compiled."""
     widths = (torch.float32, torch.bfloat16)
-    return x.dtype in widths and weight.dtype in widths and weight.is_contiguous() and available()
+    return x.dtype in widths and weight.dtype in widths and weight.stride(1) == 1 and available()
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def _product(
     threads = threads_for(d_in * n * (2 if narrow else 4))
     _kernel("product")(
         threads, x.data_ptr(), rows, stride, d_in, weight.data_ptr(), narrow, n, sums.data_ptr(), n + -n % 8,
-        _chunk(n, threads, 16), places, pivots, offset, out, out_stride,
+        _chunk(n, threads, 16), places, pivots, offset, out, out_stride, weight.stride(0),
     )  # fmt: skip
 
 
@@ -97,13 +97,13 @@ def expand(z: Tensor, mask: Tensor, values: Tensor) -> Tensor:
 
 
 def arrange(z: Tensor, y: Tensor, places: Tensor) -> Tensor:
-    """cat(z, y) (rows, d_out) with column j moved to places[j]; values of 2 or 4 bytes, z with a unit last stride."""
+    """cat(z, y) (rows, d_out) with column j moved to places[j]; values of 2 or 4 bytes, rows with a unit stride."""
     rows, n = y.shape
-    y, out = y.contiguous(), y.new_empty(rows, len(places))
+    out = y.new_empty(rows, len(places))
     threads = threads_for(out.numel() * out.element_size())
     _kernel("arrange")(
         threads, z.data_ptr(), z.stride(0), z.shape[1], y.data_ptr(), n, places.data_ptr(), out.data_ptr(), rows,
-        _chunk(rows, threads, 1), y.element_size(),
+        _chunk(rows, threads, 1), y.element_size(), y.stride(0),
     )  # fmt: skip
     return out
 

@@ -228,16 +228,16 @@ def shuffle_table() -> np.ndarray[Any, Any]:
 
 def _product(data: Any) -> None:
     """arguments: 1 x, 2 rows, 3 stride of x, 4 d_in, 5 W, 6 whether W is bfloat16, 7 n, 8 sums, 9 stride of sums,
-    10 chunk, 11 places or 0, 12 pivots, 13 offset, 14 out, 15 stride of out.
+    10 chunk, 11 places or 0, 12 pivots, 13 offset, 14 out, 15 stride of out, 16 stride of W.
 
     sums (rows, stride) becomes x W with zeros after n; the stride is n rounded up to a multiple of 8. With places
     (pivots + n,): out[r, places[pivots + j]] = sums[r, j] and, of the pivots, out[r, places[j]] = x[r, offset + j].
     """
-    a = carray(arguments_of(data), (16,))
+    a = carray(arguments_of(data), (17,))
     rows, x_stride, d_in, bfloat16, n, stride, chunk = a[2], a[3], a[4], a[6] != 0, a[7], a[9], a[10]
-    pivots, offset, out_stride = a[12], a[13], a[15]
+    pivots, offset, out_stride, w_stride = a[12], a[13], a[15], a[16]
     x, sums = carray(float32_at(a[1]), (rows, x_stride)), carray(float32_at(a[8]), (rows, stride))
-    wide, narrow = carray(float32_at(a[5]), (d_in, n)), carray(uint16_at(a[5]), (d_in, n))
+    wide, narrow = carray(float32_at(a[5]), (d_in, w_stride)), carray(uint16_at(a[5]), (d_in, w_stride))
     places, out = carray(int64_at(a[11]), (pivots + n,)), carray(float32_at(a[14]), (rows, out_stride))
     whole = d_in // UNROLL * UNROLL
     while True:
@@ -251,19 +251,19 @@ def _product(data: Any) -> None:
         for i in range(0, whole, UNROLL):
             # a last, partial vector reads on into the next row, if there is one; what it adds past n is cleared below
             vectors = (end - start + LANES - 1) // LANES if i + UNROLL < d_in else (end - start) // LANES
-            w = a[5] + (2 if bfloat16 else 4) * (i * n + start)
+            w = a[5] + (2 if bfloat16 else 4) * (i * w_stride + start)
             r = 0
             while r < rows:
                 four = r + 4 <= rows
                 x_place, out_place = a[1] + 4 * (r * x_stride + i), a[8] + 4 * (r * stride + start)
                 if bfloat16 and four:
-                    add_4_bfloat16(x_place, x_stride, w, n, out_place, stride, vectors)
+                    add_4_bfloat16(x_place, x_stride, w, w_stride, out_place, stride, vectors)
                 elif bfloat16:
-                    add_1_bfloat16(x_place, x_stride, w, n, out_place, stride, vectors)
+                    add_1_bfloat16(x_place, x_stride, w, w_stride, out_place, stride, vectors)
                 elif four:
-                    add_4_float32(x_place, x_stride, w, n, out_place, stride, vectors)
+                    add_4_float32(x_place, x_stride, w, w_stride, out_place, stride, vectors)
                 else:
-                    add_1_float32(x_place, x_stride, w, n, out_place, stride, vectors)
+                    add_1_float32(x_place, x_stride, w, w_stride, out_place, stride, vectors)
                 r += 4 if four else 1
         for r in range(rows):
             for i in range(whole - UNROLL if whole == d_in else whole, d_in):
@@ -281,13 +281,13 @@ def _product(data: Any) -> None:
 
 def _arrange(data: Any) -> None:
     """arguments: 1 z, 2 stride of z, 3 pivots, 4 y (rows, n), 5 n, 6 places, 7 out (rows, pivots + n), 8 rows, 9 chunk,
-    10 bytes a value (2 or 4). out[r, places] = cat(z[r, :pivots], y[r])."""
-    a = carray(arguments_of(data), (11,))
-    z_stride, pivots, n, rows, chunk = a[2], a[3], a[5], a[8], a[9]
+    10 bytes a value (2 or 4), 11 stride of y. out[r, places] = cat(z[r, :pivots], y[r])."""
+    a = carray(arguments_of(data), (12,))
+    z_stride, pivots, n, rows, chunk, y_stride = a[2], a[3], a[5], a[8], a[9], a[11]
     places = carray(int64_at(a[6]), (pivots + n,))
-    z4, y4, out4 = (carray(float32_at(a[1]), (rows, z_stride)), carray(float32_at(a[4]), (rows, n)),
+    z4, y4, out4 = (carray(float32_at(a[1]), (rows, z_stride)), carray(float32_at(a[4]), (rows, y_stride)),
                     carray(float32_at(a[7]), (rows, pivots + n)))  # fmt: skip
-    z2, y2, out2 = (carray(uint16_at(a[1]), (rows, z_stride)), carray(uint16_at(a[4]), (rows, n)),
+    z2, y2, out2 = (carray(uint16_at(a[1]), (rows, z_stride)), carray(uint16_at(a[4]), (rows, y_stride)),
                     carray(uint16_at(a[7]), (rows, pivots + n)))  # fmt: skip
     while True:
         start = take_chunk(data) * chunk

@@ -19,7 +19,7 @@ import torch
 BYTES_A_THREAD = 1 << 20
 
 _Signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_Block = ctypes.c_int64 * 16
+_Block = ctypes.c_int64 * 17
 
 
 @functools.cache

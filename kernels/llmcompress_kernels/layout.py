@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
-ALIGNED = 8  # values: what a GPU's libraries ask of both sides of a matrix; others run at a quarter of the speed
+ALIGNED = (
+    8  # values: what libraries ask of both sides of a matrix; others run at a quarter (GPU) or half (CPU) of the speed
+)
 
 
 def arranged(weight: Tensor) -> Tensor:
-    """weight (d, n) in its device's order: row-major on a CPU; on a GPU each column in a piece, padded with zeros.
+    """weight (d, n) in its device's order: row-major on a CPU, on a GPU each column in a piece, padded with zeros.
 
-    There it is a view of a larger matrix, both sides multiples of 8: `whole` gives that one back.
+    It is a view of a larger matrix, both sides multiples of 8: `whole` gives that one back.
     """
-    if not weight.is_cuda:
-        return weight.contiguous()
-    return weight if _is_arranged(weight) else columns_in_pieces(weight)
+    if _is_arranged(weight, weight.is_cuda):
+        return weight
+    return columns_in_pieces(weight) if weight.is_cuda else rows_in_pieces(weight)
+
+
+def rows_in_pieces(weight: Tensor) -> Tensor:
+    """weight (d, n) with strides (n rounded up to a multiple of 8, 1), over zeros."""
+    d, n = weight.shape
+    return F.pad(weight, (0, -n % ALIGNED, 0, -d % ALIGNED)).contiguous()[:d, :n]
 
 
 def columns_in_pieces(weight: Tensor) -> Tensor:
@@ -26,18 +35,18 @@ def columns_in_pieces(weight: Tensor) -> Tensor:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """The padded matrix behind a weight that `columns_in_pieces` made; any other as it is."""
-    if not _is_arranged(weight):
+    """The padded matrix behind a weight that is arranged by columns or by rows; any other as it is."""
+    if not (_is_arranged(weight, True) or _is_arranged(weight, False)):
         return weight
     d, n = weight.shape
     return weight.as_strided((d + -d % ALIGNED, n + -n % ALIGNED), weight.stride())
 
 
-def _is_arranged(weight: Tensor) -> bool:
+def _is_arranged(weight: Tensor, by_columns: bool) -> bool:
     d, n = weight.shape
     rows, columns = d + -d % ALIGNED, n + -n % ALIGNED
     return (
-        weight.stride() == (1, rows)
+        weight.stride() == ((1, rows) if by_columns else (columns, 1))
         and weight.storage_offset() == 0
         and weight.untyped_storage().nbytes() >= rows * columns * weight.element_size()
     )

@@ -42,7 +42,8 @@ def _expand_cpu(z: Tensor, B: Tensor, places: Tensor, offset: int, path: dispatc
         return reference_expand(z[:, : len(B)], B, places, offset)
     if path == "kernel":
         return cpu.low_rank_expand(z, B, places, offset)
-    return cpu.arrange(z[:, offset : offset + len(places) - B.shape[1]], z @ B, places)
+    y = layout.product(z, B)[:, : B.shape[1]]
+    return cpu.arrange(z[:, offset : offset + len(places) - B.shape[1]], y, places)
 
 
 @low_rank_expand.register_kernel("cuda")
@@ -90,6 +91,7 @@ def low_rank_linear(
     ValueError naming the argument if shapes, dtypes or devices do not fit.
     """
     _check(x, A, B, bias, places, offset)
+    A = A.contiguous()  # what lies behind a view's edges may be anything but the zeros of `layout.arranged`
     return low_rank_forward(x, A, B, bias, places, offset)
 
 

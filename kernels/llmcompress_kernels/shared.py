@@ -111,9 +111,7 @@ def product(x: Tensor, weight: Tensor, path: dispatch.Path, width: int = 0) -> T
     if path == "kernel" and x.device.type == "cpu" and cpu.supports(x, weight):
         return cpu.product(x, weight)
     rows = x.reshape(-1, x.shape[-1])
-    if not x.is_cuda:
-        return reference(rows, weight)
-    if path == "kernel" and len(rows) == 1 and weight.stride(0) == 1:
+    if x.is_cuda and path == "kernel" and len(rows) == 1 and weight.stride(0) == 1:
         from llmcompress_kernels import gpu
 
         return gpu.one_row(rows, weight, width=max(width, weight.shape[1] + -weight.shape[1] % layout.ALIGNED))

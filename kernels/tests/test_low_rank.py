@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from llmcompress_kernels import dispatch, low_rank_linear, shared, use
-from llmcompress_kernels.low_rank import low_rank_expand
+from llmcompress_kernels import dispatch, layout, low_rank_linear, shared, use
+from llmcompress_kernels.low_rank import low_rank_expand, low_rank_forward
 
 from kernels.tests.shapes import LAYOUTS, ROWS, SETTINGS, SIZES, assert_close, pivoted, random, strided
 
@@ -50,6 +50,32 @@ def problem(rows=3, dtype=torch.float32, d_in=13, rank=6, pivots=4, rest=9):
         random(rank, rest, seed=2, dtype=dtype),
         places,
     )
+
+
+@pytest.mark.parametrize("path", ["kernel", "library"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_what_lies_behind_a_views_edges_is_not_read(rows, path):
+    x, A, B, places = problem(rows)
+    sides = (16, 8), (8, 16)
+    beyond = [torch.full(side, torch.nan) for side in sides]
+    views = [whole[: f.shape[0], : f.shape[1]].copy_(f) for whole, f in zip(beyond, (A, B), strict=True)]
+    with torch.no_grad(), use(path):
+        for order in (None, places):
+            torch.testing.assert_close(
+                low_rank_linear(x, *views, None, order), low_rank_linear(x, A, B, None, order), rtol=1e-6, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("path", ["kernel", "library"])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_arranged_factors_give_the_same_product(rows, path):
+    x, A, B, places = problem(rows)
+    arranged = [layout.arranged(factor) for factor in (A, B)]
+    assert not any(factor.is_contiguous() for factor in arranged)
+    with torch.no_grad(), use(path):
+        for order in (None, places):
+            found = low_rank_forward(x, *arranged, None, order, 0)
+            torch.testing.assert_close(found, low_rank_linear(x, A, B, None, order), rtol=1e-6, atol=1e-6)
 
 
 def test_leading_dimensions_and_no_rows():

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
+from llmcompress.finite import all_finite
 
 
 def checked_weight(weight: Tensor) -> Tensor:
     """The weight in float64. InputError unless it is a finite matrix."""
     if weight.ndim != 2:
         raise InputError(f"the weight must be a matrix (d_out, d_in); got shape {tuple(weight.shape)}")
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise InputError("the weight is not finite")
     return weight.detach().double()
 
@@ -22,7 +23,7 @@ def checked_gram(gram: Tensor, weight: Tensor, name: str = "Gram") -> Tensor:
     d_in = weight.shape[1]
     if tuple(gram.shape) != (d_in, d_in):
         raise InputError(f"the {name} must be ({d_in}, {d_in}); got {tuple(gram.shape)}")
-    if not torch.isfinite(gram).all():
+    if not all_finite(gram):
         raise InputError(f"the {name} is not finite")
     gram = gram.detach().to(weight.device, torch.float64)
     scale = gram.abs().max()
@@ -37,7 +38,7 @@ def checked_vector(vector: Tensor, size: int, name: str, device: torch.device) -
     """The vector in float64. InputError unless (size,), finite and not negative."""
     if tuple(vector.shape) != (size,):
         raise InputError(f"the {name} must have shape ({size},); got {tuple(vector.shape)}")
-    if not torch.isfinite(vector).all():
+    if not all_finite(vector):
         raise InputError(f"the {name} are not finite")
     if (vector < 0).any():
         raise InputError(f"the {name} are negative")

