@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from llmcompress import __version__, catalog
+from llmcompress import __version__, catalog, heap
 from llmcompress.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
+    heap.keep_freed_memory()
     try:
         # typer would turn Ctrl-C into a silent end, and wrap usage errors in a box
         if app(standalone_mode=False) == INTERRUPTED:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib.util
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -22,6 +20,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmcompress import heap
 from llmcompress.errors import InputError
 from llmcompress.models.files import file_digest
 from llmcompress.models.gguf import read_once
@@ -242,14 +241,7 @@ class StreamedModel:
     def release(self, keep: Callable[[str], bool]) -> None:
         for name in filter(keep, self._persistent):
             set_module_tensor_to_device(self.model, name, "meta")
-        _trim_heap()
-
-
-def _trim_heap() -> None:
-    """Gives freed memory back to the system: glibc keeps the holes between tensors, and the process would grow."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:  # musl has none, and keeps no holes either
-        trim(0)
+        heap.trim()
 
 
 def _take_index(model: PreTrainedModel) -> Mapping[str, Tensor]:

@@ -707,12 +707,13 @@ def compressed_perplexity(smollm2, setting, options, ratio, folder):
 
     sites, statistics, test = setting
     method = CoSpaDi(options)
-    layers = {}
+    layers, start = {}, time.process_time()
     for unit in method.units(sites):
         weights = [smollm2.get_parameter(f"{site.name}.weight").detach() for site in unit]
         problem = Problem(unit, weights, [None] * len(unit), [statistics[site.input] for site in unit])
         found = method.compress(problem, Budget.for_ratio(unit, ratio), seeded()).layers
         layers |= {site.name: layer for site, layer in zip(unit, found, strict=True)}
+    print(f"{options.structure}, share {options.share}, {ratio:.0%} removed: {time.process_time() - start:.0f} CPU s")
     kept = sum(layer.storage_values for layer in layers.values()) / sum(site.dense_values for site in sites)
     assert 0.98 * (1 - ratio) <= kept <= 1 - ratio
     model = copy.deepcopy(smollm2)

@@ -168,11 +168,10 @@ def test_folded_adapters_are_the_same_function(form):
         expected = adapted(TOKENS[:4]).logits
         fold_adapters(adapted)
         found = model(TOKENS[:4]).logits
-        bare = copy.deepcopy(found)
     rounding = 2e-2 if form == "dictionaries" else 1e-3  # added atoms are stored in bfloat16, their codes in 14 bits
     assert (found - expected).abs().max() <= rounding * expected.abs().max()
     assert all("lora" not in name for name in model.state_dict())
-    assert torch.equal(bare, model(TOKENS[:4]).logits)
+    torch.testing.assert_close(model(TOKENS[:4]).logits, found)  # with gradients, which takes other products
 
 
 def test_lora_ends_in_a_plain_checkpoint_whose_size_counts_the_adapters(inputs, checkpoint, tmp_path):
