@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
-from torch.optim import Muon, Optimizer
+from torch.optim import Optimizer
 
 from llmcompress.backends.checks import choose
 from llmcompress.backends.optim.split import split_parameters, with_adamw
@@ -25,7 +25,7 @@ __all__ = ["AuON", "AuONFactory", "AuONOptions", "HybridAuON", "HybridAuONFactor
            "MuonFactory", "MuonOptions", "auon_update", "cosh_rms", "cosh_rms_bounds", "newton_schulz",
            "split_parameters"]  # fmt: skip
 
-VARIANTS = ("paper", "repo", "hybrid", "rms")
+VARIANTS = ("paper", "repo", "hybrid", "rms", "muon")
 NORM_EPS = 1e-7
 QUINTIC = (3.4445, -4.7750, 2.0315)
 LARGE = 20.0  # from there on cosh² is summed by its logarithm
@@ -74,8 +74,11 @@ def auon_update(
     """U (a, b) from the momentum M (a, b), and R - 1. M is float32 or float64, and not zero.
 
     paper: X / R; repo: M / R with gamma 1.5; hybrid: Newton-Schulz of X, over its R; rms (an extension): gamma =
-    sqrt N, under which R grows with the heaviest entries. O(a b); hybrid adds O(a b min(a, b)) a step.
+    sqrt N, under which R grows with the heaviest entries; muon: Newton-Schulz of X alone. O(a b); hybrid and muon add
+    O(a b min(a, b)) a step.
     """
+    if variant == "muon":
+        return newton_schulz(M.bfloat16() if M.is_cuda else M, ns_steps).to(M), M.new_zeros(())
     if variant == "hybrid":
         Y = newton_schulz(M, ns_steps)
         brake = _brake(Y, gamma or 1.0)
@@ -164,6 +167,20 @@ class HybridAuON(AuON):
         super().__init__(params, lr, momentum, nesterov, weight_decay, "hybrid", gamma, shape_scale, eps, ns_steps)
 
 
+class Muon(AuON):
+    """Muon: `ns_steps` Newton-Schulz steps of the mean of the gradients (arXiv 2502.16982).
+
+    In bfloat16 on a GPU, as `torch.optim.Muon` everywhere; on a CPU in float32, whose products are 20 times as fast
+    where the processor has none of bfloat16.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, momentum: float = 0.95, nesterov: bool = True, weight_decay: float = 0.0,
+        shape_scale: bool = True, eps: float = 1e-8, ns_steps: int = 5,
+    ) -> None:  # fmt: skip
+        super().__init__(params, lr, momentum, nesterov, weight_decay, "muon", None, shape_scale, eps, ns_steps)
+
+
 def _name(group: dict[str, Any], index: int) -> str:
     return str(group["param_names"][index]) if "param_names" in group else f"parameter {index}"
 
@@ -193,7 +210,7 @@ class HybridAuONOptions(MatrixOptions):
 
 
 class MuonOptions(MatrixOptions):
-    ns_steps: int = Field(default=5, ge=1, lt=100, description="Newton-Schulz steps")
+    ns_steps: int = Field(default=5, ge=1, description="Newton-Schulz steps")
 
 
 class AuONFactory:
@@ -223,7 +240,7 @@ class HybridAuONFactory:
 
 
 class MuonFactory:
-    """`finetune.optimizer: muon`, torch's own."""
+    """`finetune.optimizer: muon`."""
 
     Options: ClassVar[type[MuonOptions]] = MuonOptions
 
@@ -232,6 +249,4 @@ class MuonFactory:
 
     def build(self, parameters: Named, lr: float) -> Optimizer:
         given = self.options.model_dump(exclude={"other_lr"})
-        return with_adamw(
-            parameters, self.options.other_lr, lambda matrix: Muon([p for _, p in matrix], lr, **given)
-        )  # fmt: skip
+        return with_adamw(parameters, self.options.other_lr, lambda matrix: Muon(matrix, lr, **given))
