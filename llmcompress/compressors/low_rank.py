@@ -29,6 +29,7 @@ from llmcompress.layers.base import StructuredLinear
 from llmcompress.layers.low_rank import LowRankLinear
 from llmcompress.types import Budget, Compressed, Problem, Profile, Site, Statistics
 
+GRAM_RANGE = 1e-4  # of singular values that a Gram's eigenvectors give to half of float64's digits
 MAX_COEFFICIENT = 2.0  # pivots are swapped until no entry of the pivot form's B exceeds this
 
 
@@ -233,10 +234,10 @@ class Whitened:
 
     def factors(self, rank: int) -> LowRankFactors:
         check_rank(rank, *self.matrix.shape)
-        u, s, vh = _svd(self.matrix)
+        u, s, vh = _leading(self.matrix, rank)
         root = s[:rank].sqrt()
-        A = u[:, :rank] * root
-        B = root[:, None] * vh[:rank]
+        A = u * root
+        B = root[:, None] * vh
         if self.undo is not None:
             A = self.undo(A)
         if self.output_scale is not None:
@@ -251,12 +252,22 @@ def check_rank(rank: int, d_in: int, d_out: int) -> None:
         raise InputError(f"rank must be between 1 and min(d_in, d_out) = {min(d_in, d_out)}; got {rank}")
 
 
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD; a wide matrix is faster transposed."""
-    if matrix.shape[0] >= matrix.shape[1]:
-        return torch.linalg.svd(matrix, full_matrices=False)
-    v, s, uh = torch.linalg.svd(matrix.T, full_matrices=False)
-    return uh.T, s, v.T
+def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U (d_in, r), all singular values, descending, and Vᵀ (r, d_out) of a float64 matrix.
+
+    From the eigenvectors of the smaller Gram, in half of the time of the decomposition itself, which is computed where
+    the last of the r values is too small for that: a Gram's eigenvalues err by the rounding of its largest.
+    """
+    wide = matrix.shape[0] < matrix.shape[1]
+    tall = matrix.T if wide else matrix
+    squares, v = (found.flip(-1) for found in torch.linalg.eigh(tall.T @ tall))
+    s, v = squares.clamp_min(0).sqrt(), v[:, :rank]
+    if s[rank - 1] > GRAM_RANGE * s[0]:
+        u = tall @ v / s[:rank]
+    else:
+        u, s, vh = torch.linalg.svd(tall, full_matrices=False)
+        u, v = u[:, :rank], vh[:rank].T
+    return (v, s, u.T) if wide else (u, s, v.T)
 
 
 # --- the compressor --------------------------------------------------------------------------------------------------
