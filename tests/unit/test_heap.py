@@ -19,7 +19,7 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
 heap.keep_freed_memory()
-faults()
+faults(), faults()  # a small allocation may come to lie in a hole
 again, held = faults(), resident()
 heap.trim()
 print(again, held - resident())
@@ -30,5 +30,5 @@ print(again, held - resident())
 def test_freed_tensors_pages_are_used_again_until_they_are_given_back():
     found = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
     faults, given_back = map(int, found.split())
-    assert faults < 1000  # four tensors of 24 MiB and their sums are 49,152 pages
+    assert faults < 49_152 / 4  # pages of four tensors of 24 MiB and their sums
     assert given_back > 40 << 20
