@@ -56,7 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"of": "base", "loss": "kd", "lr": 5e-5, "optimizer": "adamw"},
     "muon": {"of": "base", "loss": "kd", "lr": 1e-3, "optimizer": "muon"},
-    "auon": {"of": "base", "loss": "kd", "lr": 2e-2, "optimizer": "auon"},
+    "auon": {"of": "base", "loss": "kd", "lr": 5e-3, "optimizer": "auon"},
     "mfac": {"of": "base", "loss": "kd", "lr": 1e-4, "optimizer": {"name": "mfac", "window": 16}},
 }
 BLOCKS: dict[str, dict[str, Any]] = {
