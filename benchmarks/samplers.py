@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def compress(model: PreTrainedModel, tokens: Tensor, runs: list[Run]) -> None:
     runner.record_arguments(tokens)
     hidden = torch.cat([runner.embed(part) for part in tokens.split(BATCH)])
     for index in range(len(structure.blocks)):
+        print(f"block {index + 1} of {len(structure.blocks)}", file=sys.stderr)
         sites = structure.in_block(index)
         collectors = [
             InputStatistics(sites, frozenset({"gram"}), runner.device, run.sampler, rows=tokens.numel()) for run in runs
