@@ -17,6 +17,7 @@ from torch import Tensor
 from llmcompress.backends.checks import checked_matrix, choose, generator_for
 from llmcompress.backends.ports import Sample, Subject
 from llmcompress.backends.report import Report
+from llmcompress.backends.sampling.weights import GRAM_RANGE
 from llmcompress.errors import InputError, RunError
 
 METHODS = ("projection_dpp", "iid_optimal", "volume", "repeated_dpp", "uniform")
@@ -55,13 +56,16 @@ def _dpps(Q: Tensor, count: int, generator: torch.Generator) -> Tensor:
     chosen = torch.empty(count, m, dtype=torch.int64, device=Q.device)
     directions = Q.new_zeros(count, m, m)
     for step in range(m):
-        chosen[:, step] = torch.multinomial(mass, 1, generator=generator)[:, 0]
+        below = mass.cumsum(1)
+        draw = torch.rand(count, 1, generator=generator, dtype=Q.dtype, device=Q.device) * below[:, -1:]
+        chosen[:, step] = torch.searchsorted(below, draw, right=True)[:, 0]  # never a row without mass
         e, before = Q[chosen[:, step], :, None], directions[:, :step]
         for _ in range(2):  # twice: once loses orthogonality where rows are nearly dependent
             e = e - before.mT @ (before @ e)
         e = e[:, :, 0] / e.norm(dim=1)
         directions[:, step] = e
-        mass = (mass - (e @ Q.T).square()).clamp_min_(0)
+        explained = e @ Q.T
+        mass.addcmul_(explained, explained, value=-1).clamp_min_(0)
         mass.scatter_(1, chosen[:, : step + 1], 0.0)
     return chosen
 
@@ -210,11 +214,16 @@ class VolumeSampler(BaseEstimator):
 def leading_basis(X: Tensor, rank: int | None) -> Tensor:
     """The `rank` leading left singular vectors (N, rank), at most the numerical rank at 1e-10 of the largest value.
 
-    X (N, d) float64, from the QR factor of a tall X: O(N d²). InputError if the rank is out of range or X is zero.
+    X (N, d) float64. Of a tall X from its Gram, where the eigenvalues up to `rank` are within GRAM_RANGE, or its QR
+    factor: O(N d²). InputError if the rank is out of range or X is zero.
     """
     if rank is not None and not 1 <= rank <= min(X.shape):
         raise InputError(f"rank must be between 1 and min(N, d) = {min(X.shape)}; got {rank}")
     tall = X.shape[0] > X.shape[1]
+    if tall:
+        values, vectors = (found.flip(-1) for found in torch.linalg.eigh(X.T @ X))
+        if values[: rank or len(values)].min() > GRAM_RANGE * values[0]:
+            return X @ (vectors * values.rsqrt())[:, :rank]
     q, r = torch.linalg.qr(X) if tall else (None, X)
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
     if s[0] == 0:
