@@ -19,11 +19,11 @@ from llmcompress.backends.ports import Analysis, Subject
 from llmcompress.backends.report import Report
 from llmcompress.calibration import text
 from llmcompress.calibration.collect import capture_inputs
+from llmcompress.environment import choose_device
 from llmcompress.errors import InputError
 from llmcompress.models.load import StreamedModel, load_model, load_tokenizer, locate
 from llmcompress.models.runner import Runner
 from llmcompress.models.structure import Structure, analyse
-from llmcompress.pipeline import choose_device
 from llmcompress.plan import select_sites
 from llmcompress.progress import Progress, Silent
 from llmcompress.types import Site

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -250,20 +251,28 @@ class Engine:
     def _budgets(self) -> list[list[Budget]]:
         if not self.plan.needs_profiles:
             return self.plan.budgets(None)
-        profiles = []
-        for index, step in enumerate(self.plan.steps):
-            self.progress.start("profile", len(step.units))
-            profiles.append([self._profile(step, f"profiles/{index}-{n:05d}", u) for n, u in enumerate(step.units)])
+        profiles = [self._profiles(index, step) for index, step in enumerate(self.plan.steps)]
         return self.plan.budgets(profiles)
 
-    def _profile(self, step: Step, key: str, unit: list[Site]) -> Profile:
-        if not self.store.has(key):
-            profile = profile_in(step.compressor, self._problem(unit, None), step.allocation.spectra)
-            found = {"spectrum": profile.spectrum, "costs": profile.costs, "losses": profile.losses}
-            self.store.put(key, {name: t for name, t in found.items() if t is not None}, profile.dense)
-        tensors, dense = self.store.get(key)
-        self.progress.advance(unit[0].name)
-        return Profile(unit, tensors["spectrum"], tensors["costs"], dense, tensors.get("losses"))
+    def _profiles(self, index: int, step: Step) -> list[Profile]:
+        """Of all units, a block's side by side; a block is profiled whole, so that its bits do not hang on a resume."""
+        self.progress.start("profile", len(step.units))
+        numbered = [(f"profiles/{index}-{n:05d}", unit) for n, unit in enumerate(step.units)]
+        for _, together in itertools.groupby(numbered, key=lambda item: item[1][-1].block):
+            group = list(together)
+            if not all(self.store.has(key) for key, _ in group):
+                problems = [self._problem(unit, None) for _, unit in group]
+                found = side_by_side(
+                    lambda problem: profile_in(step.compressor, problem, step.allocation.spectra),
+                    problems, self.runner.device,
+                )  # fmt: skip
+                for (key, _), profile in zip(group, found, strict=True):
+                    own = {"spectrum": profile.spectrum, "costs": profile.costs, "losses": profile.losses}
+                    self.store.put(key, {name: t for name, t in own.items() if t is not None}, profile.dense)
+            for _, unit in group:
+                self.progress.advance(unit[0].name)
+        stored = ((unit, *self.store.get(key)) for key, unit in numbered)
+        return [Profile(unit, t["spectrum"], t["costs"], dense, t.get("losses")) for unit, t, dense in stored]
 
     # -- pass two: compression --------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ import glob
 import json
 import logging
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -16,20 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
 import torch
-import transformers
 import yaml
 from llmcompress_eval.runs import METRICS
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import llmcompress
 from llmcompress.backends.report import Report
 from llmcompress.calibration import text
 from llmcompress.checkpoint.card import model_card
 from llmcompress.checkpoint.save import save_streamed
 from llmcompress.engine import Engine, Settings
+from llmcompress.environment import choose_device, versions
 from llmcompress.errors import InputError
 from llmcompress.finetune.block_recovery import check_plan
 from llmcompress.finetune.data import check_teacher, check_tokens, read_tokens, teacher_config
@@ -52,8 +49,8 @@ from llmcompress.models.structure import analyse, weightless
 from llmcompress.plan import Plan, make_plan
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Recipe
-from llmcompress.results import SiteResult
-from llmcompress.workspace import DiskStore, digest, disk_errors, replace_durably, sync, write_text
+from llmcompress.results import size_metrics
+from llmcompress.workspace import DiskStore, digest, disk_errors, replace_durably, sync, sync_folder, write_text
 
 if TYPE_CHECKING:
     from llmcompress_eval.perplexity import Windows
@@ -245,7 +242,7 @@ class Pipeline:
 
     def _calibration_tokens(self, source: StreamedModel) -> Tensor:
         calibration = self.recipe.calibration
-        check_context(source, calibration.length)
+        text.check_context(source.model, calibration.length, "calibration.length: a sequence")
         tokenizer = load_tokenizer(source.location)
         if calibration.dataset == "self":
             start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -256,7 +253,7 @@ class Pipeline:
         tokens, note = calibration_tokens(calibration, source, tokenizer, self.recipe.seed, self.progress)
         if note:
             log.info("%s", note)
-        check_vocabulary(source, tokens)
+        text.check_vocabulary(source.model, tokens)
         if len(tokens) < calibration.samples:
             log.warning("%s: text for %d of %d sequences only", calibration.dataset, len(tokens), calibration.samples)
         return tokens
@@ -409,66 +406,3 @@ class _Timer:
 
     def __exit__(self, *_: object) -> None:
         self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self._start
-
-
-def size_metrics(source: StreamedModel, results: list[SiteResult], folder: Path) -> dict[str, Any]:
-    """Values of the targeted matrices and of the whole model, and bytes of its tensor files, dense and compressed."""
-    dense_target = sum(result.dense_values for result in results)
-    stored_target = sum(result.stored_values for result in results)
-    ties = source.model.all_tied_weights_keys
-    whole = sum(t.numel() for name, t in source.model.state_dict().items() if name not in ties)
-    return {
-        "targeted": {"dense": dense_target, "compressed": stored_target, "removed": 1 - stored_target / dense_target},
-        "model": {
-            "dense": whole,
-            "compressed": whole - dense_target + stored_target,
-            "removed": (dense_target - stored_target) / whole,
-        },
-        "bytes": {
-            "dense": sum(t.numel() * t.element_size() for n, t in source.model.state_dict().items() if n not in ties),
-            "compressed": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-        },
-    }
-
-
-def check_context(source: StreamedModel, length: int) -> None:
-    """InputError if calibration sequences are longer than the model's context."""
-    limit = getattr(source.model.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit:
-        raise InputError(f"calibration.length: a sequence of {length} tokens exceeds the model's context of {limit}")
-
-
-def check_vocabulary(source: StreamedModel, tokens: Tensor) -> None:
-    """InputError if the tokenizer gives tokens for which the model has no embedding."""
-    known = source.model.get_input_embeddings().weight.shape[0]
-    if int(tokens.max()) >= known:
-        raise InputError(
-            f"model: the tokenizer beside it gives token {int(tokens.max())}, and the model knows {known}: not its own"
-        )
-
-
-def versions() -> dict[str, str]:
-    """Versions that results depend on."""
-    return {
-        "llmcompress": llmcompress.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-    }
-
-
-def choose_device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not (name == "cpu" or name.startswith("cuda")):
-        raise InputError(f"device: '{name}'; expected auto, cpu, cuda or cuda:N")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device: '{name}', but torch finds no GPU; use cpu or auto")
-    return name
-
-
-def sync_folder(folder: Path) -> None:
-    for path in sorted(folder.iterdir()):
-        sync(path)
-    sync(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from llmcompress.checkpoint.install import build_layer, layer_spec, shared_tensors
 from llmcompress.layers.base import StructuredLinear
+from llmcompress.models.load import StreamedModel
 from llmcompress.types import Site
 from llmcompress.workspace import Store
 
@@ -54,3 +56,23 @@ def load_layers(results: Sequence[SiteResult], store: Store, dtype: torch.dtype)
         layer.load_state_dict({key: tensors[tied.get(full, full)] for key, full in wanted.items()})
         layer.after_load()
     return layers
+
+
+def size_metrics(source: StreamedModel, results: list[SiteResult], folder: Path) -> dict[str, Any]:
+    """Values of the targeted matrices and of the whole model, and bytes of its tensor files, dense and compressed."""
+    dense_target = sum(result.dense_values for result in results)
+    stored_target = sum(result.stored_values for result in results)
+    ties = source.model.all_tied_weights_keys
+    whole = sum(t.numel() for name, t in source.model.state_dict().items() if name not in ties)
+    return {
+        "targeted": {"dense": dense_target, "compressed": stored_target, "removed": 1 - stored_target / dense_target},
+        "model": {
+            "dense": whole,
+            "compressed": whole - dense_target + stored_target,
+            "removed": (dense_target - stored_target) / whole,
+        },
+        "bytes": {
+            "dense": sum(t.numel() * t.element_size() for n, t in source.model.state_dict().items() if n not in ties),
+            "compressed": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        },
+    }

@@ -184,6 +184,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_folder(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        sync(path)
+    sync(folder)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     part = path.with_name(path.name + ".part")

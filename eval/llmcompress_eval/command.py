@@ -11,10 +11,10 @@ import yaml
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from llmcompress.environment import choose_device, versions
 from llmcompress.errors import InputError
 from llmcompress.finetune.command import compressed_sites
 from llmcompress.models.load import DTYPES, Location, load_model, load_tokenizer, locate
-from llmcompress.pipeline import choose_device, versions
 from llmcompress.progress import Progress
 from llmcompress.workspace import write_text
 from llmcompress_eval import tasks

@@ -11,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from llmcompress.environment import versions
 from llmcompress.errors import InputError
 from llmcompress.finetune.data import check_teacher, read_tokens, teacher_config
 from llmcompress.finetune.stage import is_main_process, leave_group, read_report, stored_dtype, train_checkpoint
 from llmcompress.models.files import file_digest
 from llmcompress.models.load import DTYPES, Location, fingerprint, load_model, load_tokenizer, locate, read_config
-from llmcompress.pipeline import Outcome, Pipeline, versions
+from llmcompress.pipeline import Outcome, Pipeline
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Compress, Finetune, Recipe
 from llmcompress.workspace import digest

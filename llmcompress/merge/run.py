@@ -21,6 +21,7 @@ from llmcompress.backends.merging.alignment import (
     mean,
 )  # fmt: skip
 from llmcompress.checkpoint.save import save_dense
+from llmcompress.environment import versions
 from llmcompress.finetune.stage import stored_dtype
 from llmcompress.merge.align import Aligner
 from llmcompress.merge.measure import check_plot, distances, measure_barrier, perplexities, save_plot, singular_vectors
@@ -30,7 +31,7 @@ from llmcompress.merge.sources import Source, check_alike, check_function, check
 from llmcompress.models.load import DTYPES, Location, fingerprint, load_tokenizer, locate
 from llmcompress.models.structure import Structure, analyse
 from llmcompress.models.symmetry import Groups, find_groups
-from llmcompress.pipeline import Outcome, Pipeline, versions
+from llmcompress.pipeline import Outcome, Pipeline
 from llmcompress.progress import Progress, Silent
 from llmcompress.workspace import DiskStore, digest, disk_errors
 

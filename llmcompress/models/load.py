@@ -127,9 +127,16 @@ def quiet_transformers() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
+@contextmanager
+def _reading(location: Location) -> Iterator[None]:
+    """Silently, and nothing of a GGUF file twice."""
+    with quiet_transformers(), read_once() if location.gguf else nullcontext():
+        yield
+
+
 def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
     try:
-        with quiet_transformers(), read_once() if location.gguf else nullcontext():
+        with _reading(location):
             return AutoTokenizer.from_pretrained(location.folder, **_gguf(location))
     except (OSError, ValueError) as error:
         raise InputError(f"model: {location.folder} has no usable tokenizer: {str(error).splitlines()[0]}") from None
@@ -160,7 +167,7 @@ def load_model(location: Location, dtype: torch.dtype | str = "auto", **options:
 
     cls = model_class(location, options.get("trust_remote_code", False))
     try:
-        with quiet_transformers(), read_once() if location.gguf else nullcontext():
+        with _reading(location):
             if location.gguf:
                 from transformers import GgufConfig
 
