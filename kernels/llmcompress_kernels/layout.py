@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
+
+from llmcompress_kernels import dispatch
 
 #: values of which both sides of a matrix are multiples: others run at a quarter of a GPU's speed, half of a CPU's
 ALIGNED = 8
@@ -55,3 +59,20 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (rows, d) @ weight (d, n): (rows, n). Either side may be rounded up to a multiple of 8, x with zeros."""
     full = whole(weight)
     return x[:, : len(full)] @ full[: x.shape[1]]
+
+
+def product_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool] = (True, True)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight for `product` of an arranged weight, those needed; grad as wide as its result.
+
+    A tracer sees neither padding nor views beyond their edges, which it might not keep.
+    """
+    d, n = weight.shape
+    weight = weight.to(grad.dtype)
+    if dispatch.plain(grad):
+        weight = whole(arranged(weight))
+    of_x = (grad[:, : weight.shape[1]] @ weight.T)[:, : x.shape[1]] if needed[0] else None
+    if of_x is not None and of_x.shape[1] < x.shape[1]:
+        of_x = F.pad(of_x, (0, x.shape[1] - of_x.shape[1]))
+    return of_x, (x.T @ grad)[:d, :n] if needed[1] else None

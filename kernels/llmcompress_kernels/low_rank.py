@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmcompress_kernels import cpu, dispatch, layout
@@ -70,12 +71,15 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor)
     ctx.offset = offset
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     z, B, places = ctx.saved_tensors
-    columns = grad.index_select(-1, places)
-    own, rest = columns.split((len(places) - B.shape[1], B.shape[1]), -1)
-    before, after = ctx.offset, z.shape[1] - ctx.offset - own.shape[1]
-    return rest @ B.T + torch.nn.functional.pad(own, (before, after)), z.T @ rest, None, None
+    columns, n = grad.index_select(-1, places), B.shape[1]
+    pivots = len(places) - n
+    rest = F.pad(columns[:, pivots:], (0, -n % layout.ALIGNED))  # a copy either way: a split has rows apart
+    of_z, of_b = layout.product_backward(rest, z, B, ctx.needs_input_grad)
+    if of_z is not None:
+        of_z[:, ctx.offset : ctx.offset + pivots] += columns[:, :pivots]
+    return of_z, of_b, None, None
 
 
 low_rank_expand.register_autograd(_backward, setup_context=_setup)
@@ -105,7 +109,7 @@ def low_rank_forward(
     if dispatch.eager(x):
         z = shared_product(x, A, path)
         if places is None:
-            y = product(z, B, path)[:, : B.shape[1]]
+            y = product(z, B, path)
         elif x.device.type in ("cpu", "cuda"):
             y = (_expand_cuda if x.is_cuda else _expand_cpu)(z, B, places, offset, path)
         else:
@@ -114,6 +118,8 @@ def low_rank_forward(
     else:
         z = traced_product(x, A, path)
         y = traced_product(z, B, path) if places is None else low_rank_expand(z, B, places, offset)
+    if places is None:
+        y = y[:, : B.shape[1]]
     if x.ndim != 2:
         y = y.view(x.shape[:-1] + y.shape[1:])
     return y if bias is None else y + bias

@@ -12,6 +12,7 @@ import weakref
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmcompress_kernels import cpu, dispatch, layout
@@ -28,30 +29,34 @@ def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(width) for tensor in tensors)
 
 
-@torch.library.custom_op("llmcompress::product", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("llmcompress::product", mutates_args=(), device_types=("cpu", "cuda"))
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    if not cpu.supports(x, weight):
-        return reference(x, weight)
-    return cpu.product(x, weight)[:, : weight.shape[1]].to(x.dtype).contiguous()
-
-
-@_product.register_kernel("cuda")
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return product(x, weight, dispatch.plan("low_rank", len(x), "cuda", x.dtype))[:, : weight.shape[1]].contiguous()
+    """x (rows, d_in, or zeros up to a multiple of 8) @ weight (d_in, n): (rows, n and zeros up to a multiple of 8)."""
+    path = dispatch.plan("low_rank", len(x), x.device.type, x.dtype)
+    if path == "library":
+        weight = layout.arranged(weight.to(x.dtype))
+    found = product(x, weight, path).to(x.dtype)
+    missing = _width(weight) - found.shape[1]
+    return F.pad(found, (0, missing)) if missing else found.contiguous()
 
 
 @_product.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(len(x), weight.shape[1])
+    return x.new_empty(len(x), _width(weight))
+
+
+def _width(weight: Tensor) -> int:
+    return weight.shape[1] + -weight.shape[1] % layout.ALIGNED
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
-    return grad @ weight.to(grad.dtype).T, (x.T @ grad).to(weight.dtype)
+    of_x, of_weight = layout.product_backward(grad, x, weight, ctx.needs_input_grad)
+    return of_x, of_weight.to(weight.dtype) if of_weight is not None else None
 
 
 _product.register_autograd(_backward, setup_context=_setup)
@@ -114,11 +119,12 @@ def product(x: Tensor, weight: Tensor, path: dispatch.Path, width: int = 0) -> T
     if x.is_cuda and path == "kernel" and len(rows) == 1 and weight.stride(0) == 1:
         from llmcompress_kernels import gpu
 
-        return gpu.one_row(rows, weight, width=max(width, weight.shape[1] + -weight.shape[1] % layout.ALIGNED))
+        return gpu.one_row(rows, weight, width=max(width, _width(weight)))
     return layout.product(rows, weight.to(x.dtype))
 
 
 def traced_product(x: Tensor, weight: Tensor, path: dispatch.Path) -> Tensor:
-    """The same for tracers and autograd: (rows, n) in x's dtype."""
+    """The same for tracers and autograd: (rows, >= n) in x's dtype."""
     rows = x.reshape(-1, x.shape[-1])
-    return _product(rows, weight) if path == "kernel" or x.is_cuda else reference(rows, weight)
+    seen_through = path == "library" and not x.is_cuda and not dispatch.plain(x)
+    return reference(rows, weight) if seen_through else _product(rows, weight)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmcompress_kernels import cpu, dispatch, gap_codes
 from llmcompress_kernels.checks import check_input, check_matrix, check_shape
-from llmcompress_kernels.shared import shared_product, traced_product
+from llmcompress_kernels.shared import cast, shared_product, traced_product
 
 
 def marked(mask: Tensor, atoms: int) -> Tensor:
@@ -110,7 +110,11 @@ def sparse_dictionary_forward(
         if dense is not None:
             return F.linear(x, dense, bias)
         assert values is not None
-        return reference(x, dictionary, mask, values, bias)
+        if torch.is_autocast_enabled(x.device.type):
+            x, dictionary = cast(x, dictionary)
+        z = shared_product(x, dictionary, path) if eager else traced_product(x, dictionary, path)
+        y = F.linear(z.to(x.dtype), dense_codes(mask, values.to(x.dtype), z.shape[1]), bias)
+        return y.view(x.shape[:-1] + y.shape[1:])
     if gaps is not None and x.is_cuda:
         width = gap_codes.width(dictionary.shape[1])
         z = shared_product(x, dictionary, path, width) if eager else traced_product(x, dictionary, path)
@@ -118,7 +122,8 @@ def sparse_dictionary_forward(
         y = gap_codes.gap_expand(z if z.shape[1] == width else F.pad(z, (0, width - z.shape[1])), *gaps)
     elif not eager:
         assert values is not None
-        y = sparse_expand(traced_product(x, dictionary, path), mask, values)
+        z = traced_product(x, dictionary, path)
+        y = sparse_expand(z, mask, values)
     elif x.device.type == "cpu" and values is not None and values.dtype is torch.bfloat16:
         y = cpu.expand(shared_product(x, dictionary, path), mask, values)
         y = y if y.dtype is x.dtype else y.to(x.dtype)

@@ -123,6 +123,32 @@ def test_gradients_of_float32_rows_that_the_kernel_multiplies():
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("order", [layout.rows_in_pieces, layout.columns_in_pieces])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_gradients_of_arranged_factors(rows, order, compiled):
+    """Odd sizes, padded: 13 x 6 and 6 x 9. As the plain factors' in float64, with nothing of the padding in them."""
+    x, A, B, places = problem(rows)
+    forward = torch.compile(low_rank_forward, fullgraph=True, backend="aot_eager") if compiled else low_rank_forward
+    for way in (None, places):
+        single = [t.requires_grad_() for t in (x.clone(), order(A), order(B))]
+        double = [t.double().requires_grad_() for t in (x, A, B)]
+        forward(*single, None, way, 0).square().sum().backward()
+        low_rank_linear(*double, None, way, 0).square().sum().backward()
+        for a, b in zip(single, double, strict=True):
+            assert a.grad.shape == b.shape
+            torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_frozen_gets_no_gradient():
+    x, A, B, places = problem(40)
+    B.requires_grad_()
+    low_rank_linear(x, A, B, None, places, 1).sum().backward()
+    assert x.grad is None
+    assert A.grad is None
+    assert B.grad.shape == B.shape
+
+
 def test_operators_are_well_formed():
     x, A, B, places = problem(4)
     torch.library.opcheck(low_rank_expand, (random(4, 6).requires_grad_(), B.requires_grad_(), places, 1))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from llmcompress_kernels import cpu, cpu_kernels, sparse_dictionary_linear, use
+from llmcompress_kernels import cpu, cpu_kernels, layout, sparse_dictionary_linear, use
 from llmcompress_kernels.cpu_threads import Kernel
 from llmcompress_kernels.sparse_dictionary import dense_codes, sparse_expand
 
@@ -142,6 +142,17 @@ def test_gradients_of_float32_rows_that_the_kernel_multiplies():
     by_atom = grad.T @ (x.detach().double().numpy() @ D.detach().double().numpy())
     marks = np.unpackbits(mask.numpy(), axis=1, bitorder="little")[:, :19].astype(bool)
     assert_close(values.grad, by_atom[marks].reshape(21, 8))
+
+
+def test_gradients_of_an_arranged_dictionary_for_many_rows():
+    x, D, mask, values, _ = problem(40)
+    single = [t.requires_grad_() for t in (x.clone(), layout.arranged(D.float()), values.float())]
+    double = [t.double().detach().requires_grad_() for t in (x, D, values)]
+    assert not single[1].is_contiguous()
+    for x, D, values in (single, double):
+        sparse_dictionary_linear(x, D, mask, values).square().sum().backward()
+    for a, b in zip(single, double, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-3, atol=1e-3)
 
 
 def test_operator_is_well_formed():
