@@ -1,6 +1,6 @@
 """What a state-space adapter does for a language model: perplexity before and after training it, clean and perturbed.
 
-    python benchmarks/sequence.py --data FOLDER [--steps 40] [--inits s5-ptd s4d]
+    python benchmarks/sequence.py --data FOLDER [--steps 40] [--inits s5-ptd s4-ptd s4d]
 
 FOLDER holds WikiText-2 as `wikitext-2/valid.txt` and `test.txt`. Setting: SmolLM2-135M-Instruct in float32, one adapter
 of 64 states after block 10, which alone trains, by cross entropy on 256 tokens of the validation text a step at a
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder that holds wikitext-2/")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--inits", nargs="+", default=["s5-ptd", "s4d"])
+    parser.add_argument("--inits", nargs="+", default=["s5-ptd", "s4-ptd", "s4d"])
     options = parser.parse_args()
     location, console = locate("builtin:smollm2-135m-instruct"), Console(width=120)
     tokenizer = load_tokenizer(location)
