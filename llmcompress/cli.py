@@ -26,7 +26,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+#: columns in a file or a pipe, where nothing has to be folded
+WIDE = 200
 out, err = Console(), Console(stderr=True)
+if not out.is_terminal and "COLUMNS" not in os.environ:
+    out.width = WIDE
 INTERRUPTED = 130  # what typer returns after Ctrl-C
 
 RecipeOption = Annotated[Path, typer.Option("--recipe", "-r", help="the recipe, a YAML file")]

@@ -59,7 +59,7 @@ class Report:
         table = Table(title=Text(self.title), title_justify="left")
         for index, column in enumerate(self.columns):
             words = any(isinstance(row[index], str) for row in self.rows)
-            table.add_column(column, justify="left" if words else "right")
+            table.add_column(column, justify="left" if words else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*[Text(_shown(cell)) for cell in row])
         return table
