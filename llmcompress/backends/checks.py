@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
+from llmcompress.finite import all_finite
 
 
 def checked_matrix(X: Any, name: str = "X", ndim: int = 2) -> Tensor:
@@ -18,9 +19,10 @@ def checked_matrix(X: Any, name: str = "X", ndim: int = 2) -> Tensor:
         raise InputError(f"{name} must be {what}; got shape {tuple(X.shape)}")
     if not X.numel():
         raise InputError(f"{name} is empty")
-    if not torch.isfinite(X).all():
+    X = X.detach().double()
+    if not all_finite(X):
         raise InputError(f"{name} is not finite")
-    return X.detach().double()
+    return X
 
 
 def choose(name: str, value: str, known: tuple[str, ...]) -> None:
