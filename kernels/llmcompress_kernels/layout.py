@@ -62,7 +62,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def product_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool] = (True, True)
+    grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and weight for `product` of an arranged weight, those needed; grad as wide as its result.
 

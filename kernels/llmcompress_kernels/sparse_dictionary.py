@@ -122,8 +122,7 @@ def sparse_dictionary_forward(
         y = gap_codes.gap_expand(z if z.shape[1] == width else F.pad(z, (0, width - z.shape[1])), *gaps)
     elif not eager:
         assert values is not None
-        z = traced_product(x, dictionary, path)
-        y = sparse_expand(z, mask, values)
+        y = sparse_expand(traced_product(x, dictionary, path), mask, values)
     elif x.device.type == "cpu" and values is not None and values.dtype is torch.bfloat16:
         y = cpu.expand(shared_product(x, dictionary, path), mask, values)
         y = y if y.dtype is x.dtype else y.to(x.dtype)

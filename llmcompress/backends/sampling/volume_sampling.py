@@ -222,7 +222,7 @@ def leading_basis(X: Tensor, rank: int | None) -> Tensor:
     tall = X.shape[0] > X.shape[1]
     if tall:
         values, vectors = (found.flip(-1) for found in torch.linalg.eigh(X.T @ X))
-        if values[: rank or len(values)].min() > GRAM_RANGE * values[0]:
+        if values[(rank or len(values)) - 1] > GRAM_RANGE * values[0]:
             return X @ (vectors * values.rsqrt())[:, :rank]
     q, r = torch.linalg.qr(X) if tall else (None, X)
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
