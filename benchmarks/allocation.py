@@ -17,7 +17,7 @@ import torch
 
 from llmcompress import catalog
 from llmcompress.compressors.allocation.loss_aware import STEPS, choices
-from llmcompress.compressors.low_rank import rank_costs
+from llmcompress.compressors.ranks import rank_costs
 from llmcompress.types import Profile, Site
 
 #: name -> (blocks, shapes (d_in, d_out) of a block's sites by role)

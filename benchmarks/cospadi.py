@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmcompress.compressors.cospadi import dictionary_sizes, learn_dictionary
-from llmcompress.compressors.low_rank import rank_costs, rank_for, rank_within
+from llmcompress.compressors.ranks import rank_costs, rank_for, rank_within
 
 SHAPES = {
     "k 576x192": (576, 192),

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, St
 import llmcompress
 from llmcompress.compressors.cospadi import learn_dictionary
 from llmcompress.compressors.dictionary_sizes import dictionary_sizes
-from llmcompress.compressors.low_rank import rank_costs, rank_within
+from llmcompress.compressors.ranks import rank_costs, rank_within
 from llmcompress.layers.block import BlockDenseLinear
 from llmcompress.layers.low_rank import LowRankLinear
 from llmcompress.layers.sparse_dictionary import SparseDictionaryLinear

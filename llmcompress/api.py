@@ -24,8 +24,9 @@ from llmcompress.models.runner import Runner
 from llmcompress.models.structure import analyse
 from llmcompress.plan import make_plan
 from llmcompress.progress import Progress
-from llmcompress.recipe import Finetune, Recipe, parse_section
+from llmcompress.recipe import Finetune, Recipe
 from llmcompress.results import load_layers
+from llmcompress.validation import parse_section
 from llmcompress.workspace import MemoryStore
 
 log = logging.getLogger("llmcompress")

@@ -13,7 +13,7 @@ import importlib.metadata
 from dataclasses import dataclass
 from typing import Any
 
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, one_line
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _plugin_entries(point: importlib.metadata.EntryPoint) -> list[Entry]:
     try:
         loaded = point.load()
     except Exception as error:  # a plug-in is foreign code: it may raise anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {one_line(str(error))}"
         raise InputError(f"plug-in '{point.name}' ({point.value}) does not load: {reason}") from error
     entries = list(loaded) if isinstance(loaded, (list, tuple)) else [loaded]
     if not all(isinstance(entry, Entry) for entry in entries):

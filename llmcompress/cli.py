@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from llmcompress import __version__, catalog, heap
-from llmcompress.errors import InputError, RunError
+from llmcompress.errors import InputError, RunError, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,7 +56,7 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        err.print(_one_line(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        err.print(_message(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2 if isinstance(error, InputError) or _is_usage_error(error) else 1) from None
 
 
@@ -64,10 +64,10 @@ def _is_usage_error(error: BaseException) -> bool:
     return hasattr(error, "format_message")  # click's, or the copy of click that newer versions of typer hold
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+def _message(error: BaseException) -> str:
+    text = one_line(str(error))
     if _is_usage_error(error):
-        return f"{' '.join(error.format_message().split())} (see `llmcompress --help`)"  # type: ignore[attr-defined]
+        return f"{one_line(error.format_message())} (see `llmcompress --help`)"  # type: ignore[attr-defined]
     if isinstance(error, (InputError, RunError)):
         return text
     if isinstance(error, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The two ways in which a run ends badly."""
+"""The two ways in which a run ends badly, and their messages in one line."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,8 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A failure while running: disk full, non-finite activations, corrupt file. Exit code 1."""
+
+
+def one_line(text: str) -> str:
+    """Runs of white space, line ends among them, as single spaces."""
+    return " ".join(text.split())

@@ -17,8 +17,8 @@ from llmcompress.compressors.structured_ffn import StructuredFFN, StructuredFFNO
 from llmcompress.errors import InputError
 from llmcompress.layers.base import StructuredLinear
 from llmcompress.models.structure import analyse
-from llmcompress.recipe import parse_section
 from llmcompress.types import FFN_ROLES, Budget, Site
+from llmcompress.validation import parse_section
 
 log = logging.getLogger("llmcompress")
 

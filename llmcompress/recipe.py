@@ -1,15 +1,11 @@
-"""What to do, in data: the recipe, its checks and its overrides."""
+"""What to do, in data: the recipe and its checks."""
 
 from __future__ import annotations
 
-import difflib
 import functools
-import types
-import typing
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,7 +19,9 @@ from pydantic_core import PydanticSerializationError
 
 from llmcompress import catalog
 from llmcompress.backends.choice import Backend
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, one_line
+from llmcompress.recipe_file import read_recipe
+from llmcompress.validation import check_backend, check_choice, check_options, first_error
 
 #: options of methods and allocations that say how much is kept in place of `ratio`
 REPLACES_RATIO = ("rank_fraction", "err")
@@ -31,9 +29,6 @@ REPLACES_RATIO = ("rank_fraction", "err")
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
-
-
-S = TypeVar("S", bound=BaseModel)
 
 
 class Choice(BaseModel):
@@ -312,169 +307,35 @@ class Recipe(Section):
         try:
             recipe = cls.model_validate(data)
         except ValidationError as error:
-            raise InputError(f"{source}: {_first_error(error, cls)}") from None
+            raise InputError(f"{source}: {first_error(error, cls)}") from None
         for port in ("sampler", "stream"):
-            _check_backend(f"{source}: calibration.{port}", getattr(recipe.calibration, port), port)
-        _check_backend(f"{source}: calibration.gram", recipe.calibration.gram, "recovery", "gram")
+            check_backend(f"{source}: calibration.{port}", getattr(recipe.calibration, port), port)
+        check_backend(f"{source}: calibration.gram", recipe.calibration.gram, "recovery", "gram")
         for index, step in enumerate(recipe.compress):
             at = f"compress.{index}"
-            _check_choice(f"{source}: {at}.method", "compressor", step.method)
+            check_choice(f"{source}: {at}.method", "compressor", step.method)
             compressor = catalog.get("compressor", step.method).load()
-            _check_options(f"{source}: {at}", compressor.Options, step.options, tuple(Compress.model_fields))
+            check_options(f"{source}: {at}", compressor.Options, step.options, tuple(Compress.model_fields))
             for key, port in getattr(compressor.Options, "BACKENDS", {}).items():
-                _check_backend(f"{source}: {at}.{key}", step.options.get(key), port)
-            _check_choice(f"{source}: {at}.allocation", "allocation", step.allocation.name)
+                check_backend(f"{source}: {at}.{key}", step.options.get(key), port)
+            check_choice(f"{source}: {at}.allocation", "allocation", step.allocation.name)
             allocation = catalog.get("allocation", step.allocation.name).load()
-            _check_options(f"{source}: {at}.allocation", allocation.Options, step.allocation.options, ("name",))
+            check_options(f"{source}: {at}.allocation", allocation.Options, step.allocation.options, ("name",))
             if step.ratio_replaced_by and "ratio" in step.model_fields_set:
                 raise InputError(f"{source}: {at}: give ratio or {step.ratio_replaced_by}, not both")
         if recipe.finetune is not None:
             optimizer, at = recipe.finetune.optimizer, f"{source}: finetune.optimizer"
-            _check_choice(at, "optimizer", optimizer.name)
-            _check_options(at, catalog.get("optimizer", optimizer.name).load().Options, optimizer.options, ("name",))
-            _check_backend(f"{source}: finetune.aggregator", recipe.finetune.aggregator, "aggregator")
+            check_choice(at, "optimizer", optimizer.name)
+            check_options(at, catalog.get("optimizer", optimizer.name).load().Options, optimizer.options, ("name",))
+            check_backend(f"{source}: finetune.aggregator", recipe.finetune.aggregator, "aggregator")
         for index, chosen in enumerate(recipe.convert):
-            _check_backend(f"{source}: convert.{index}", chosen, "layer")
+            check_backend(f"{source}: convert.{index}", chosen, "layer")
         if recipe.convert and (recipe.finetune is None or recipe.finetune.method not in ("full", "lrc")):
             raise InputError(f"{source}: convert: what it changes has to be trained: finetune by method full or lrc")
         for index, analysis in enumerate(recipe.analysis):
-            _check_backend(f"{source}: analysis.{index}", analysis, None)
+            check_backend(f"{source}: analysis.{index}", analysis, None)
         try:
             recipe.model_dump_json()  # it is saved beside the result
         except PydanticSerializationError as error:
-            raise InputError(f"{source}: holds what cannot be saved: {_one_line(str(error))}") from None
+            raise InputError(f"{source}: holds what cannot be saved: {one_line(str(error))}") from None
         return recipe
-
-
-def read_recipe(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """The keys of a YAML recipe with the overrides in place, unchecked. InputError if it is no mapping."""
-    path = Path(path)
-    try:
-        data = _parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    except InputError as error:
-        raise InputError(f"{path}: not YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: a recipe is a mapping of keys; see `llmcompress schema`")
-    for override in overrides or []:
-        _override(data, override)
-    return data
-
-
-def parse_section(section: type[S], data: dict[str, Any], source: str) -> S:
-    """A section given as a mapping. InputError: one line, as for a whole recipe."""
-    _check_options(source, section, data, ())
-    return section(**data)
-
-
-def _check_choice(at: str, kind: str, name: str) -> None:
-    try:
-        catalog.get(kind, name)
-    except InputError as error:
-        raise InputError(f"{at}: {error}") from None
-
-
-def _check_backend(at: str, given: Any, port: str | None, method: str | None = None) -> None:
-    """InputError unless `given` (None, a name or a mapping) is a backend with options that it has.
-
-    port: where it has to plug in; None: it has to offer an analysis, wherever it does. method: what it has to offer
-    beyond its port.
-    """
-    if given is None:
-        return
-    choice = Backend.model_validate(given)
-    try:
-        backend = catalog.get("backend", choice.name, port).load()
-    except InputError as error:
-        raise InputError(f"{at}: {error}") from None
-    if port is None and not hasattr(backend, "analyze"):
-        raise InputError(f"{at}: the backend '{choice.name}' has no analysis")
-    if method is not None and not hasattr(backend, method):
-        raise InputError(f"{at}: the backend '{choice.name}' recovers no {method}")
-    _check_options(at, backend.Options, choice.options, tuple(type(choice).model_fields))
-
-
-def _check_options(at: str, options: type[BaseModel], given: dict[str, Any], also: tuple[str, ...]) -> None:
-    try:
-        options(**given)
-    except ValidationError as error:
-        raise InputError(f"{at}.{_first_error(error, options, also)}") from None
-
-
-def _first_error(error: ValidationError, model: type[BaseModel], also: tuple[str, ...] = ()) -> str:
-    """`key.path: what is wrong`, one line, with the nearest key for an unknown one."""
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    where = _one_line(".".join(path))
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(model, path[:-1]) + list(also)
-        return f"{where}: unknown key{catalog.nearest(path[-1], known)}"
-    if first["type"] == "missing":
-        unknown = [str(key) for key in first["input"] if key not in _fields_at(model, path[:-1])]
-        meant = difflib.get_close_matches(path[-1], unknown, n=1)
-        if meant:
-            where = _one_line(".".join([*path[:-1], meant[0]]))
-            return f"{where}: unknown key; did you mean '{path[-1]}'?"
-        return f"{where}: is required"
-    shown = _one_line(repr(first["input"]))
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}; got {shown}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _fields_at(model: Any, path: list[str]) -> list[str]:
-    for part in path:
-        if not part.isdigit() and isinstance(model, type) and issubclass(model, BaseModel):
-            model = _inner_model(model.model_fields[part].annotation) if part in model.model_fields else None
-    return list(model.model_fields) if model is not None else []
-
-
-def _inner_model(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if isinstance(annotation, types.UnionType | types.GenericAlias) or typing.get_args(annotation):
-        return next((m for a in typing.get_args(annotation) if (m := _inner_model(a))), None)
-    return None
-
-
-def _parse_yaml(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(_one_line(str(error))) from None
-    except (ValueError, RecursionError) as error:  # a date such as 2024-13-01, a number too long, nesting too deep
-        raise InputError(f"a value that cannot be read: {_one_line(str(error))}") from None
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    at = f"--set {_one_line(override)}"
-    if not separator or not key:
-        raise InputError(f"{at}: expected KEY.PATH=VALUE, for instance compress.0.ratio=0.4")
-    try:
-        value = _parse_yaml(text)
-    except InputError:
-        raise InputError(f"{at}: the value is not YAML") from None
-    *parents, last = key.split(".")
-    try:
-        holder: Any = functools.reduce(_child, parents, data)
-        if isinstance(holder, list):
-            holder[int(last)] = value
-        else:
-            holder[last] = value
-    except (KeyError, IndexError, ValueError, TypeError):
-        raise InputError(f"{at}: the recipe has no place '{_one_line(key)}'") from None
-
-
-def _child(holder: Any, part: str) -> Any:
-    if isinstance(holder, list):
-        return holder[int(part)]
-    if part not in holder or holder[part] is None:
-        holder[part] = {}
-    return holder[part]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.calibration.modes import evaluation_mode
-from llmcompress.errors import InputError, RunError
+from llmcompress.errors import InputError, RunError, one_line
 
 FILE_TYPES = (".txt", ".jsonl", ".parquet")
 #: short names of hub data sets: path, configuration
@@ -115,7 +115,7 @@ def python_docs(split: str) -> list[str]:
 def _unseen_paragraphs(text: str, seen: set[str]) -> str:
     fresh = []
     for paragraph in text.split("\n\n"):
-        words = " ".join(paragraph.split())
+        words = one_line(paragraph)
         if words not in seen:
             fresh.append(paragraph)
             seen.add(words)

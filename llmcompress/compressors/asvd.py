@@ -7,7 +7,8 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from llmcompress.compressors.low_rank import LowRankCompressor, LowRankFactors, LowRankOptions, Whitened
+from llmcompress.compressors.factors import LowRankFactors
+from llmcompress.compressors.low_rank import LowRankCompressor, LowRankOptions, Whitened
 from llmcompress.compressors.whitening import checked_vector, checked_weight
 from llmcompress.errors import InputError
 from llmcompress.types import Statistics

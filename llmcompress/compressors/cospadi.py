@@ -20,20 +20,13 @@ from llmcompress.backends.dictionary import code_again, solve_again
 from llmcompress.compressors.basis_sharing import BasisSharing, BasisSharingOptions
 from llmcompress.compressors.dictionary_learning import DictionaryFactors, learn_fast, mod_update
 from llmcompress.compressors.dictionary_sizes import Sizes, dictionary_sizes, sizes_within, stored_bits
+from llmcompress.compressors.factors import pivot
 from llmcompress.compressors.hard_thresholding import check_sparsity, hard_thresholding_pursuit
 from llmcompress.compressors.kfac_svd import DAMPING, KFACSVD
 from llmcompress.compressors.ksvd import ksvd_sweep, learn_ksvd, omp
 from llmcompress.compressors.loss_refinement import ROUNDS, refine
-from llmcompress.compressors.low_rank import (
-    Whitened,
-    build_layers,
-    joint_statistics,
-    naming,
-    pivot,
-    rank_costs,
-    rank_within,
-    stacked_weight,
-)
+from llmcompress.compressors.low_rank import Whitened, build_layers, joint_statistics, naming, stacked_weight
+from llmcompress.compressors.ranks import rank_costs, rank_within
 from llmcompress.compressors.svd_llm import SVDLLM, SVDLLMOptions
 from llmcompress.errors import InputError, RunError
 from llmcompress.layers.base import StructuredLinear

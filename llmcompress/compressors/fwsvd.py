@@ -11,14 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmcompress.compressors.low_rank import (
-    LowRankCompressor,
-    LowRankFactors,
-    LowRankOptions,
-    Whitened,
-    check_rank,
-    rank_from_fraction,
-)
+from llmcompress.compressors.factors import LowRankFactors
+from llmcompress.compressors.low_rank import LowRankCompressor, LowRankOptions, Whitened, check_rank
+from llmcompress.compressors.ranks import rank_from_fraction
 from llmcompress.compressors.svd_llm import whitened
 from llmcompress.compressors.whitening import checked_vector, checked_weight
 from llmcompress.errors import InputError

@@ -11,13 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmcompress.compressors.low_rank import (
-    JointStatistics,
-    LowRankCompressor,
-    LowRankFactors,
-    LowRankOptions,
-    Whitened,
-)
+from llmcompress.compressors.factors import LowRankFactors
+from llmcompress.compressors.low_rank import JointStatistics, LowRankCompressor, LowRankOptions, Whitened
 from llmcompress.compressors.whitening import checked_gram, checked_weight, damped_cholesky
 from llmcompress.errors import InputError
 

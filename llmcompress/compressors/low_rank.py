@@ -1,4 +1,4 @@
-"""What the low-rank methods share: ranks and costs, the truncation, the pivot form, and the compressor around them.
+"""What the low-rank methods share: the truncation, and the compressor around it.
 
 A weight (d_out, d_in) is approximated by (A B)ᵀ with A (d_in, r), B (r, d_out). Every method truncates a singular value
 decomposition in a space of its own; what a method adds is that space.
@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, Self
 
-import scipy.linalg
 import torch
 from pydantic import BaseModel, Field, model_validator
-from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from llmcompress.compressors.factor_storage import FactorStorage, quantized_costs, quantized_errors, quantized_layer
+from llmcompress.compressors.factors import LowRankFactors, PivotedFactors, pivot
+from llmcompress.compressors.ranks import rank_costs, rank_within
 from llmcompress.compressors.whitening import checked_weight
 from llmcompress.errors import InputError, RunError
 from llmcompress.layers.base import StructuredLinear
@@ -30,7 +28,6 @@ from llmcompress.layers.low_rank import LowRankLinear
 from llmcompress.types import Budget, Compressed, Problem, Profile, Site, Statistics
 
 GRAM_RANGE = 1e-4  # of singular values that a Gram's eigenvectors give to half of float64's digits
-MAX_COEFFICIENT = 2.0  # pivots are swapped until no entry of the pivot form's B exceeds this
 
 
 class PivotOptions(BaseModel, extra="forbid"):
@@ -55,144 +52,6 @@ class LowRankOptions(PivotOptions):
             raise ValueError("lowrank.bits: quantised factors belong to one site each; it needs share: none")
         self.pivot = False
         return self
-
-
-# --- factors ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LowRankFactors:
-    """weight ≈ (A B)ᵀ: A (d_in, r), B (r, d_out), float64.
-
-    singular_values: the whole spectrum (p,), descending, in the method's space. repair: what had to be done to the
-    statistics first, one line, or None.
-    """
-
-    A: Tensor
-    B: Tensor
-    singular_values: Tensor
-    repair: str | None = None
-
-    def to_dense(self) -> Tensor:
-        """The approximation, (d_out, d_in)."""
-        return (self.A @ self.B).T
-
-
-@dataclass(frozen=True)
-class PivotedFactors:
-    """weight[pivots] = Aᵀ, weight[~pivots] ≈ (A B)ᵀ: A (d_in, r), B (r, d_out - r), pivots (d_out,) bool."""
-
-    A: Tensor
-    B: Tensor
-    pivots: Tensor
-    singular_values: Tensor
-    repair: str | None = None
-
-    def to_dense(self) -> Tensor:
-        """The approximation, (d_out, d_in)."""
-        dense = self.A.new_empty(len(self.pivots), len(self.A))
-        dense[self.pivots] = self.A.T
-        dense[~self.pivots] = (self.A @ self.B).T
-        return dense
-
-
-def pivot(factors: LowRankFactors) -> PivotedFactors:
-    """The same product with r rows of the weight stored as they are and the others as combinations of them.
-
-    The pivots are chosen by a QR decomposition with column pivoting and then swapped until no coefficient exceeds 2,
-    so that the product is equal to rounding even in a narrow dtype. Stores r (d_in + d_out - r) values and a bit mask.
-    Source: interpolative decomposition; the swaps are maxvol (Goreinov et al., 2010).
-    """
-    basis, mix = torch.linalg.qr(factors.B.T.cpu())  # B = mixᵀ basisᵀ; basis (d_out, r) is orthonormal even if B is not
-    rows, rank = basis.T, basis.shape[1]
-    with _numpy_lock, _numpy_threads().limit(limits=1):
-        order = torch.from_numpy(scipy.linalg.qr(rows.numpy(), mode="r", pivoting=True, check_finite=False)[1]).long()
-    chosen, coefficients = _dominant_columns(rows, order[:rank], order[rank:])
-    pivots = torch.zeros(rows.shape[1], dtype=torch.bool)
-    pivots[chosen] = True
-    A = factors.A @ (mix.T @ rows[:, chosen]).to(factors.A)
-    return PivotedFactors(A, coefficients.to(A), pivots, factors.singular_values, factors.repair)
-
-
-_numpy_lock = threading.Lock()  # its limit is the process's, and restored by whoever leaves last
-
-
-@functools.cache
-def _numpy_threads() -> ThreadpoolController:
-    """SciPy's own BLAS, whose threads would compete with torch's for the cores: twice the time."""
-    return ThreadpoolController().select(internal_api="openblas")
-
-
-def _dominant_columns(rows: Tensor, chosen: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns (ascending) that span `rows` (r, d), and the coefficients (r, d - r) of the others, at most 2 in size.
-
-    Every swap at least doubles the volume of the chosen block, whose columns are bounded: it ends.
-    """
-    while True:
-        chosen, rest = chosen.sort().values, rest.sort().values
-        coefficients = torch.linalg.solve(rows[:, chosen], rows[:, rest])
-        if not coefficients.numel() or coefficients.abs().max() <= MAX_COEFFICIENT:
-            return chosen, coefficients
-        # Rank-one updates drift: the outer loop solves afresh before the result is believed.
-        while coefficients.abs().max() > MAX_COEFFICIENT:
-            i, j = divmod(int(coefficients.abs().argmax()), coefficients.shape[1])
-            exchange(coefficients, i, j)
-            leaving = int(chosen[i])
-            chosen[i], rest[j] = rest[j], leaving
-
-
-def exchange(coefficients: Tensor, i: int, j: int) -> None:
-    """The coefficients (r, m) of m columns over r chosen ones, when chosen i and other j change places; in place."""
-    change = coefficients[:, j] / coefficients[i, j]
-    change[i] -= 1 / coefficients[i, j]
-    coefficients[:, j] = 0
-    coefficients[i, j] = 1
-    coefficients -= torch.outer(change, coefficients[i])
-
-
-# --- ranks and costs -------------------------------------------------------------------------------------------------
-
-
-def rank_costs(d_in: int, d_outs: Sequence[int], pivoted: bool) -> Tensor:
-    """Dense values stored at rank 0..min(d_in, sum d_out) for sites that share one A; a mask bit is 1/16 of a value."""
-    total = sum(d_outs)
-    rank = torch.arange(min(d_in, total) + 1, dtype=torch.float64)
-    if not pivoted:
-        return rank * (d_in + total)
-    masks = sum(math.ceil(d / 8) for d in d_outs) / 2
-    return rank * (d_in + total - rank) + masks * (rank > 0)
-
-
-def rank_for(d_in: int, d_out: int, ratio: float, pivoted: bool = False) -> int:
-    """The largest rank that stores at most 1 - ratio of the dense values; unpivoted, (1-ratio) d_in d_out/(d_in+d_out).
-
-    InputError unless 0 < ratio < 1, and if not even rank 1 fits.
-    """
-    if not 0 < ratio < 1:
-        raise InputError(f"ratio must be in (0, 1), the fraction removed; got {ratio}")
-    return rank_within(rank_costs(d_in, [d_out], pivoted), (1 - ratio) * d_in * d_out)
-
-
-def rank_within(costs: Tensor, values: float) -> int:
-    """The largest rank whose cost is at most `values`. InputError if not even rank 1 fits."""
-    rank = int((costs <= values).sum()) - 1
-    if rank < 1:
-        raise InputError(f"the budget of {values:.1f} values is below rank 1, which stores {costs[1]:.1f}")
-    return rank
-
-
-def rank_from_fraction(d_in: int, d_outs: Sequence[int], fraction: float, pivoted: bool) -> int:
-    """`fraction` of the full rank. InputError if that is below 1 or stores as much as the dense weight."""
-    costs = rank_costs(d_in, d_outs, pivoted)
-    rank = int(fraction * (len(costs) - 1))
-    dense = d_in * sum(d_outs)
-    if rank < 1:
-        raise InputError(f"rank_fraction {fraction} of rank {len(costs) - 1} is below rank 1")
-    if costs[rank] >= dense:
-        raise InputError(
-            f"rank {rank} (rank_fraction {fraction}) stores {costs[rank]:.0f} values, the dense weight {dense}"
-        )
-    return rank
 
 
 # --- truncation ------------------------------------------------------------------------------------------------------

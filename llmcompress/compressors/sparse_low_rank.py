@@ -16,7 +16,8 @@ from torch import Tensor
 
 from llmcompress.backends.choice import Backend
 from llmcompress.backends.recovery.outliers import errors_beside_svd, largest_entries
-from llmcompress.compressors.low_rank import naming, rank_costs, rank_within
+from llmcompress.compressors.low_rank import naming
+from llmcompress.compressors.ranks import rank_costs, rank_within
 from llmcompress.compressors.whitening import checked_weight
 from llmcompress.errors import RunError
 from llmcompress.layers.sparse_low_rank import SparseLowRankLinear, index_dtype

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmcompress.compressors.low_rank import LowRankCompressor, LowRankFactors, Whitened
+from llmcompress.compressors.factors import LowRankFactors
+from llmcompress.compressors.low_rank import LowRankCompressor, Whitened
 from llmcompress.compressors.whitening import checked_weight
 from llmcompress.types import Statistics
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from llmcompress.backends.choice import Backend
 from llmcompress.backends.ports import Solution, Solver
-from llmcompress.compressors.low_rank import LowRankCompressor, LowRankFactors, LowRankOptions, Whitened
+from llmcompress.compressors.factors import LowRankFactors
+from llmcompress.compressors.low_rank import LowRankCompressor, LowRankOptions, Whitened
 from llmcompress.compressors.whitening import check_semidefinite, checked_gram, checked_weight, damped_cholesky
 from llmcompress.errors import InputError
 from llmcompress.types import Statistics

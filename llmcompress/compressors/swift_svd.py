@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.compressors.low_rank import LowRankCompressor, LowRankFactors, check_rank
+from llmcompress.compressors.factors import LowRankFactors
+from llmcompress.compressors.low_rank import LowRankCompressor, check_rank
 from llmcompress.compressors.whitening import check_semidefinite, checked_gram, checked_weight
 from llmcompress.types import Statistics
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from llmcompress.calibration import text
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, one_line
 from llmcompress.models.load import Location
 from llmcompress.recipe import Finetune
 
@@ -54,4 +54,4 @@ def teacher_config(location: Location) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(location.folder, **({"gguf_file": location.gguf} if location.gguf else {}))
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"finetune.teacher: its config is not usable: {' '.join(str(error).split())}") from error
+        raise InputError(f"finetune.teacher: its config is not usable: {one_line(str(error))}") from error

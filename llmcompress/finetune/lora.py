@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.checkpoint.install import install, structured_layers
-from llmcompress.compressors.low_rank import LowRankFactors, build_layers, pivot
+from llmcompress.compressors.factors import LowRankFactors, pivot
+from llmcompress.compressors.low_rank import build_layers
 from llmcompress.errors import InputError
 from llmcompress.layers.base import StructuredLinear
 from llmcompress.layers.low_rank import LowRankLinear, unpack_mask

@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator
 
 from llmcompress.errors import InputError
-from llmcompress.recipe import Analysis, Backend, Calibration, Compress, Recipe, Section, read_recipe
+from llmcompress.recipe import Analysis, Backend, Calibration, Compress, Recipe, Section
+from llmcompress.recipe_file import read_recipe
 
 #: how a match is asked for in one word -> the section's keys
 WORDS: dict[str, dict[str, bool] | None] = {

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress import heap
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, one_line
 from llmcompress.models.files import file_digest
 from llmcompress.models.gguf import read_once
 
@@ -153,7 +153,7 @@ def model_class(location: Location, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(location.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(str(error))
         raise InputError(f"model: {location.folder}: its config is not usable: {reason}") from error
     for name in config.architectures or []:
         if isinstance(found := getattr(transformers, name, None), type):

@@ -31,7 +31,8 @@ from llmcompress.compressors.cospadi import (
     stored_bits,
 )
 from llmcompress.compressors.dictionary_learning import initial_dictionary
-from llmcompress.compressors.low_rank import pivot, rank_costs, rank_for, rank_within
+from llmcompress.compressors.factors import pivot
+from llmcompress.compressors.ranks import rank_costs, rank_for, rank_within
 from llmcompress.compressors.svd_llm import svd_llm_factorize
 from llmcompress.compressors.whitening import damped_cholesky
 from llmcompress.errors import InputError

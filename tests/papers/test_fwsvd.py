@@ -13,6 +13,7 @@ from llmcompress.api import compress
 from llmcompress.calibration.collect import InputStatistics, capture_inputs
 from llmcompress.calibration.fisher import FisherAccumulator
 from llmcompress.calibration.text import pack, tokenize
+from llmcompress.compressors.factors import LowRankFactors
 from llmcompress.compressors.fwsvd import (
     FWSVD,
     FWSVDOptions,
@@ -21,7 +22,7 @@ from llmcompress.compressors.fwsvd import (
     weighted_error,
     weighted_low_rank,
 )
-from llmcompress.compressors.low_rank import LowRankFactors, rank_for
+from llmcompress.compressors.ranks import rank_for
 from llmcompress.compressors.svd import svd_factorize
 from llmcompress.compressors.svd_llm import svd_llm_factorize
 from llmcompress.errors import InputError

@@ -15,7 +15,7 @@ from llmcompress.backends.analysis.gp_hm import GPHM, _derivatives
 from llmcompress.backends.analysis.gp_pde import GPPDE, GPPDEOptions, fit_series, mean_attention_logits, spectral_kernel
 from llmcompress.backends.analysis.spectral_kernels import KINDS, cholesky, initial_params
 from llmcompress.calibration.text import pack, tokenize
-from llmcompress.compressors.low_rank import rank_for
+from llmcompress.compressors.ranks import rank_for
 from llmcompress.compressors.svd_llm import svd_llm_factorize
 from llmcompress.errors import InputError, RunError
 from llmcompress.models.structure import analyse

@@ -18,8 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmcompress.calibration import text
 from llmcompress.checkpoint.install import install
 from llmcompress.compressors.allocation.loss_aware import LossAware, allocate, choices
+from llmcompress.compressors.factors import LowRankFactors, pivot
 from llmcompress.compressors.kfac_svd import KFACSVD, KFACSVDOptions, two_sided_factorize
-from llmcompress.compressors.low_rank import LowRankFactors, joint_statistics, pivot, rank_costs, stacked_weight
+from llmcompress.compressors.low_rank import joint_statistics, stacked_weight
+from llmcompress.compressors.ranks import rank_costs
 from llmcompress.compressors.svd import svd_factorize
 from llmcompress.compressors.svd_llm import svd_llm_factorize
 from llmcompress.engine import Engine, Settings

@@ -13,7 +13,9 @@ from llmcompress.calibration.text import pack, tokenize
 from llmcompress.compressors.allocation.svd_llm_v2 import allocate_ratios
 from llmcompress.compressors.asvd import ASVD, ASVDOptions, asvd_factorize
 from llmcompress.compressors.basis_sharing import BasisSharing, BasisSharingOptions, basis_sharing_factorize
-from llmcompress.compressors.low_rank import LowRankOptions, pivot, rank_costs, rank_for
+from llmcompress.compressors.factors import pivot
+from llmcompress.compressors.low_rank import LowRankOptions
+from llmcompress.compressors.ranks import rank_costs, rank_for
 from llmcompress.compressors.svd import SVD, svd_factorize
 from llmcompress.compressors.svd_llm import SVDLLM, SVDLLMOptions, refit_output_factor, svd_llm_factorize
 from llmcompress.compressors.swift_svd import SwiftSVD, swift_svd_factorize

@@ -30,7 +30,8 @@ from llmcompress.compressors.allocation.welore import (
     threshold_for_parameters,
 )
 from llmcompress.compressors.asvd import asvd_factorize
-from llmcompress.compressors.low_rank import Whitened, rank_costs, rank_for
+from llmcompress.compressors.low_rank import Whitened
+from llmcompress.compressors.ranks import rank_costs, rank_for
 from llmcompress.compressors.svd import svd_factorize
 from llmcompress.compressors.svd_llm import svd_llm_factorize
 from llmcompress.engine import Engine, Settings

@@ -9,7 +9,7 @@ from llmcompress import catalog
 from llmcompress.compressors.allocation.d_rank import DRank, DRankOptions, effective_rank, move_to_values
 from llmcompress.compressors.allocation.spread import spread
 from llmcompress.compressors.allocation.svd_llm_v2 import SVDLLMV2, SVDLLMV2Options, allocate_ratios, truncation_loss
-from llmcompress.compressors.low_rank import rank_costs
+from llmcompress.compressors.ranks import rank_costs
 from llmcompress.errors import InputError
 from llmcompress.types import Profile, Site
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmcompress.compressors.low_rank import LowRankFactors, _dominant_columns, exchange, pivot, rank_costs, rank_for
+from llmcompress.compressors.factors import LowRankFactors, _dominant_columns, exchange, pivot
+from llmcompress.compressors.ranks import rank_costs, rank_for
 from llmcompress.errors import InputError
 from llmcompress.layers.low_rank import LowRankLinear, pack_mask, unpack_mask
 

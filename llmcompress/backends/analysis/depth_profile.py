@@ -10,7 +10,7 @@ from llmcompress.backends.analysis.gp_series import fit_series
 from llmcompress.backends.analysis.spectral_kernels import KINDS
 from llmcompress.backends.ports import Subject
 from llmcompress.backends.report import Curve, Report
-from llmcompress.compressors.low_rank import rank_for
+from llmcompress.compressors.ranks import rank_for
 from llmcompress.compressors.svd_llm import whitened
 from llmcompress.errors import InputError
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmcompress.compressors.allocation.spectra import Spectra
 from llmcompress.compressors.allocation.spread import checked, checked_ratio
-from llmcompress.compressors.low_rank import rank_costs
+from llmcompress.compressors.ranks import rank_costs
 from llmcompress.errors import InputError
 from llmcompress.types import Budget, Profile, Site
 
