@@ -59,7 +59,7 @@ def config(width: int, blocks: int) -> LlamaConfig:
     """Bytes as tokens; a gated FFN of 8/3 the width has as many values as the paper's plain one of 4."""
     return LlamaConfig(
         vocab_size=256, hidden_size=width, intermediate_size=width * 8 // 3 // 8 * 8, num_hidden_layers=blocks,
-        num_attention_heads=width // 32, max_position_embeddings=LENGTH, tie_word_embeddings=True,
+        num_attention_heads=width // 16, max_position_embeddings=LENGTH, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
 
@@ -150,8 +150,8 @@ def wider(run: dict[str, Any]) -> list[dict[str, Any]]:
     """The widest model of as many blocks whose parameters are at most those of the dense one, if it is any wider."""
     limit = build({**run, "structure": "dense"}).num_parameters()
     width = run["width"]
-    while build({**run, "width": width + 32}).num_parameters() <= limit:
-        width += 32
+    while build({**run, "width": width + 16}).num_parameters() <= limit:
+        width += 16
     return [{**run, "width": width}] if width > run["width"] else []
 
 

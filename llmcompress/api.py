@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmcompress.calibration import text
 from llmcompress.checkpoint.install import install
 from llmcompress.checkpoint.quantizer import attach, has_own_format
-from llmcompress.engine import Engine, Settings
+from llmcompress.engine import Engine
 from llmcompress.errors import InputError
 from llmcompress.finetune.block_recovery import check_plan
 from llmcompress.finetune.train import Training, train
+from llmcompress.measurement import Settings
 from llmcompress.mixture import calibration_tokens
 from llmcompress.models.runner import Runner
 from llmcompress.models.structure import analyse

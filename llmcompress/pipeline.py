@@ -25,12 +25,13 @@ from llmcompress.backends.report import Report
 from llmcompress.calibration import text
 from llmcompress.checkpoint.card import model_card
 from llmcompress.checkpoint.save import save_streamed
-from llmcompress.engine import Engine, Settings
+from llmcompress.engine import Engine
 from llmcompress.environment import choose_device, versions
 from llmcompress.errors import InputError
 from llmcompress.finetune.block_recovery import check_plan
 from llmcompress.finetune.data import check_teacher, check_tokens, read_tokens, teacher_config
 from llmcompress.finetune.stage import convert_layers, current_results, read_report, train_checkpoint
+from llmcompress.measurement import Settings
 from llmcompress.mixture import calibration_tokens
 from llmcompress.models.files import file_digest
 from llmcompress.models.load import (

@@ -11,8 +11,8 @@ from typing import Any
 
 from llmcompress import catalog
 from llmcompress.calibration.collect import BACKWARD
-from llmcompress.engine import Engine
 from llmcompress.errors import InputError
+from llmcompress.measurement import Measurement
 from llmcompress.models.runner import Runner
 from llmcompress.pipeline import Outcome, Pipeline
 from llmcompress.plan import Plan, make_plan
@@ -154,7 +154,10 @@ def _calibrate(pipelines: list[Pipeline], progress: Progress) -> tuple[Path, Sha
         plans = [make_plan(plan.structure, p.recipe.compress, weight, p.recipe.seed) for p in pipelines]
     everything = Plan(plan.structure, [step for found in plans for step in found.steps])
     store = DiskStore(own.work / f"statistics-{digest(sorted(everything.needs))[:12]}")
-    Engine(Runner(source, plan.structure), everything, tokens, store, own.settings(), progress).measure()
+    dense = Measurement(Runner(source, plan.structure), everything, tokens, store, own.settings(), progress)
+    if not dense.complete:
+        dense.embed()
+        dense.measure()
     for pipeline in pipelines:
         pipeline.location = source.location  # a GGUF file is unpacked once
     return own.work, SharedCalibration(store)

@@ -34,8 +34,9 @@ from llmcompress.compressors.low_rank import Whitened
 from llmcompress.compressors.ranks import rank_costs, rank_for
 from llmcompress.compressors.svd import svd_factorize
 from llmcompress.compressors.svd_llm import svd_llm_factorize
-from llmcompress.engine import Engine, Settings
+from llmcompress.engine import Engine
 from llmcompress.errors import InputError, RunError
+from llmcompress.measurement import Settings
 from llmcompress.models.load import load_model, locate
 from llmcompress.models.runner import Runner
 from llmcompress.models.structure import analyse

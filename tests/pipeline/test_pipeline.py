@@ -11,7 +11,8 @@ from llmcompress import InputError, Recipe, RunError, catalog
 from llmcompress.calibration.fisher import FisherAccumulator
 from llmcompress.compressors.svd_llm import svd_llm_factorize
 from llmcompress.dry_run import plan_tables
-from llmcompress.engine import Engine, Settings
+from llmcompress.engine import Engine
+from llmcompress.measurement import Settings
 from llmcompress.models.load import Location, load_model
 from llmcompress.models.runner import Runner
 from llmcompress.models.structure import analyse
@@ -143,12 +144,12 @@ def test_blockwise_fisher_is_that_of_the_whole_model():
     tokens = torch.randint(4, 120, (6, 16), generator=torch.Generator().manual_seed(3))
     plan = make_plan(analyse(model), Recipe.parse(recipe("m", "t", "o", method="fwsvd", weighting="both")).compress)
     engine = Engine(Runner(model, plan.structure), plan, tokens, MemoryStore(), Settings(batch_tokens=32))
-    engine._start()
-    engine._measure()
+    engine.dense.embed()
+    engine.dense.measure()
     with FisherAccumulator(model, plan.sites) as whole:
         whole.update({"input_ids": tokens})
     for site in plan.sites:
-        found = engine._stored("gradients", site.block)[site.name]
+        found = engine.dense.stored("gradients", site.block)[site.name]
         torch.testing.assert_close(found.row_fisher / found.sequences, whole.row_weights[site.name], rtol=1e-4, atol=0)
         torch.testing.assert_close(
             found.column_fisher / found.sequences, whole.column_weights[site.name], rtol=1e-4, atol=0

@@ -6,8 +6,8 @@ import pytest
 
 import llmcompress
 from llmcompress.compressors.svd import SVD
-from llmcompress.engine import Engine
 from llmcompress.errors import InputError, RunError
+from llmcompress.measurement import Measurement
 from llmcompress.progress import Silent
 from llmcompress.recipe import Recipe
 from llmcompress.sweep import parse_ratios, sweep, sweep_recipes
@@ -35,14 +35,14 @@ def base(model, text, tmp_path):
 def passes(monkeypatch):
     """The blocks that were run forward and backward for statistics."""
     seen = []
-    for name in ("_forward", "_block_backward"):
-        original = getattr(Engine, name)
+    for name in ("forward", "_block_backward"):
+        original = getattr(Measurement, name)
 
         def counted(self, index, *rest, name=name, original=original):
             seen.append((name, index))
             return original(self, index, *rest)
 
-        monkeypatch.setattr(Engine, name, counted)
+        monkeypatch.setattr(Measurement, name, counted)
     return seen
 
 
@@ -55,7 +55,7 @@ def test_runs_share_one_calibration_and_have_the_bytes_of_runs_of_their_own(base
     recipes = sweep_recipes(base, [0.3, 0.5], ["svd", "svd_llm", "kfac_svd"])
     assert list(recipes) == ["svd-0.3", "svd-0.5", "svd_llm-0.3", "svd_llm-0.5", "kfac_svd-0.3", "kfac_svd-0.5"]
     outcomes = sweep(recipes, Silent())
-    assert sorted(passes) == sorted((name, index) for name in ("_forward", "_block_backward") for index in range(3))
+    assert sorted(passes) == sorted((name, index) for name in ("forward", "_block_backward") for index in range(3))
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == sorted(recipes), "nothing else is left"
     for name in ("svd-0.5", "svd_llm-0.3", "kfac_svd-0.5"):
         alone = llmcompress.apply(recipes[name].model_copy(update={"output": str(tmp_path / "alone" / name)}))
