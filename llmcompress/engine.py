@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmcompress.calibration.collect import capture_inputs
 from llmcompress.checkpoint.install import install, shared_tensors
+from llmcompress.compressors.allocation.curves import measured_for
 from llmcompress.compressors.allocation.spectra import profile as profile_in
 from llmcompress.finetune.block_recovery import recover_block
 from llmcompress.layers.base import StructuredLinear
@@ -68,24 +69,38 @@ class Engine:
         return self.plan.budgets(profiles)
 
     def _profiles(self, index: int, step: Step) -> list[Profile]:
-        """Of all units, a block's side by side; a block is profiled whole, so that its bits do not hang on a resume."""
+        """Of all units, a block's side by side; a block is profiled whole, so that its bits do not hang on a resume.
+
+        Units whose curves others follow come first.
+        """
         self.progress.start("profile", len(step.units))
-        numbered = [(f"profiles/{index}-{n:05d}", unit) for n, unit in enumerate(step.units)]
-        for _, together in itertools.groupby(numbered, key=lambda item: item[1][-1].block):
+        measured = measured_for(step.units)
+
+        def follows(number: int) -> tuple[bool, int]:
+            return measured[number] != number, step.units[number][-1].block
+
+        keys = [f"profiles/{index}-{number:05d}" for number in range(len(step.units))]
+        for _, together in itertools.groupby(sorted(range(len(step.units)), key=follows), key=follows):
             group = list(together)
-            if not all(self.store.has(key) for key, _ in group):
-                problems = [self._problem(unit, None) for _, unit in group]
+            if not all(self.store.has(keys[number]) for number in group):
+                problems = [self._problem(step.units[number], None) for number in group]
+                for problem, number in zip(problems, group, strict=True):
+                    if measured[number] != number:
+                        problem.like = self._stored_profile(keys[measured[number]], step.units[measured[number]])
                 found = side_by_side(
                     lambda problem: profile_in(step.compressor, problem, step.allocation.spectra),
                     problems, self.runner.device,
                 )  # fmt: skip
-                for (key, _), profile in zip(group, found, strict=True):
+                for number, profile in zip(group, found, strict=True):
                     own = {"spectrum": profile.spectrum, "costs": profile.costs, "losses": profile.losses}
-                    self.store.put(key, {name: t for name, t in own.items() if t is not None}, profile.dense)
-            for _, unit in group:
-                self.progress.advance(unit[0].name)
-        stored = ((unit, *self.store.get(key)) for key, unit in numbered)
-        return [Profile(unit, t["spectrum"], t["costs"], dense, t.get("losses")) for unit, t, dense in stored]
+                    self.store.put(keys[number], {name: t for name, t in own.items() if t is not None}, profile.dense)
+            for number in group:
+                self.progress.advance(step.units[number][0].name)
+        return [self._stored_profile(key, unit) for key, unit in zip(keys, step.units, strict=True)]
+
+    def _stored_profile(self, key: str, unit: list[Site]) -> Profile:
+        tensors, dense = self.store.get(key)
+        return Profile(unit, tensors["spectrum"], tensors["costs"], dense, tensors.get("losses"))
 
     # -- pass two: compression --------------------------------------------------------------------------------------
 

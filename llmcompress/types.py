@@ -116,13 +116,15 @@ class Problem:
     """One unit of compression: the sites that are factorised together, with what is known about each.
 
     weights: (d_out, d_in) each, in the checkpoint's dtype; biases: (d_out,) or None; statistics: one a site (sites of
-    one input refer to the same object unless output-side statistics differ).
+    one input refer to the same object unless output-side statistics differ). like: the profile of another unit of the
+    same shapes, whose curve this unit's may follow where measuring one is work.
     """
 
     sites: list[Site]
     weights: list[Tensor]
     biases: list[Tensor | None]
     statistics: list[Statistics]
+    like: Profile | None = None
 
     @property
     def name(self) -> str:

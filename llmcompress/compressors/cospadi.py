@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmcompress.backends.choice import Backend
 from llmcompress.backends.dictionary import code_again, solve_again
+from llmcompress.compressors.allocation.curves import following_losses, truncation_losses
 from llmcompress.compressors.basis_sharing import BasisSharing, BasisSharingOptions
 from llmcompress.compressors.dictionary_learning import DictionaryFactors, learn_fast, mod_update
 from llmcompress.compressors.dictionary_sizes import Sizes, dictionary_sizes, sizes_within, stored_bits
@@ -207,7 +208,7 @@ class CoSpaDi:
         """The low-rank spectrum, whitened on both sides where outputs are weighted: a surrogate for a dictionary's.
 
         With full weights, losses are measured instead: by short fits at a few sizes, and for `auto` the spectrum's
-        where those are lower.
+        where those are lower; or they follow those of the problem's `like`.
         """
         sites, options = problem.sites, self.options
         with naming(problem.name):
@@ -215,12 +216,13 @@ class CoSpaDi:
             spectrum = method.space(stacked_weight(problem), joint_statistics(problem), problem.name).spectrum().cpu()
             losses = None
             if options.output_weights == "full" and options.structure != "low_rank":
-                losses = self._losses(problem, spectrum)
+                like = problem.like
+                losses = self._losses(problem, spectrum) if like is None else following_losses(spectrum, like)
         return Profile(sites, spectrum, self.costs(sites), _dense_values(sites), losses)
 
     def _losses(self, problem: Problem, spectrum: Tensor) -> Tensor:
         """The loss at every cost of the profile, in the unit of the squared spectrum."""
-        tail = torch.cat((spectrum.square().flip(0).cumsum(0).flip(0), spectrum.new_zeros(1)))
+        tail = truncation_losses(spectrum)
         space, dense = self._space(problem), _dense_values(problem.sites)
         probed = []
         for share in PROBES:

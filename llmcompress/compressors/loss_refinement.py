@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from torch import Tensor
 from llmcompress.compressors.dictionary_learning import DictionaryFactors
 from llmcompress.compressors.hard_thresholding import entries, largest
 
-STEPS = 8  # of conjugate gradients a round
+STEPS = 4  # of conjugate gradients a round
 RIDGE = 1e-5  # of the mean diagonal, on the change of the dictionary
-ROUNDS = 4
-TOLERANCE = 1e-2
+ROUNDS = 5
+TOLERANCE = 5e-3
 
 
 def refine(
@@ -38,92 +38,106 @@ def refine(
     by least squares, then moves the supports along the gradient and refits all values at once; the last is the one
     that gains less than `tolerance`, relative. `history` is sqrt(loss / loss without factors), from the start on.
     """
-    blocks = [gram.to(y) for gram in output_grams]
-    dictionary = factors.dictionary
-    codes = y.new_zeros(y.shape[1], dictionary.shape[1]).scatter_(1, factors.indices, factors.values)
+    loss = _Loss(y, [gram.to(y) for gram in output_grams])
+    codes = y.new_zeros(y.shape[1], factors.dictionary.shape[1]).scatter_(1, factors.indices, factors.values)
     support = torch.zeros_like(codes).scatter_(1, factors.indices, 1.0)
     sparsity = factors.indices.shape[1]
-    total = _loss(y, blocks)
-    losses = [_loss(y - dictionary @ codes.T, blocks)]
+    found = loss.of(factors.dictionary, codes, loss.weighted(codes), support)
+    losses = [found.loss]
     for _ in range(rounds):
-        dictionary, codes, loss = _update_dictionary(y, dictionary, codes, blocks, losses[-1])
-        codes, support, loss = _update_codes(y, dictionary, codes, support, blocks, sparsity, loss)
-        losses.append(loss)
-        if losses[-2] - loss < tolerance * losses[-2]:
+        found = _update_codes(loss, _update_dictionary(loss, found), sparsity)
+        losses.append(found.loss)
+        if losses[-2] - found.loss < tolerance * losses[-2]:
             break
-    indices, values = entries(codes, support, sparsity)
-    history = [math.sqrt(max(loss, 0.0) / total) if total > 0 else 0.0 for loss in losses]
-    return replace(factors, dictionary=dictionary, indices=indices, values=values, history=history)
+    indices, values = entries(found.codes, found.support, sparsity)
+    total = float((loss.target * y.T).sum(dtype=torch.float64))
+    history = [math.sqrt(max(value, 0.0) / total) if total > 0 else 0.0 for value in losses]
+    return replace(factors, dictionary=found.dictionary, indices=indices, values=values, history=history)
 
 
-def _weighted(blocks: Sequence[Tensor], rows: Tensor) -> Tensor:
-    """H rows, block by block; rows (d_out, k)."""
-    parts = rows.split([len(block) for block in blocks])
-    return torch.cat([block @ part for block, part in zip(blocks, parts, strict=True)])
+@dataclass(frozen=True)
+class _State:
+    """dictionary (d_in, k), codes Sᵀ, H Sᵀ and the support (d_out, k), and the loss."""
+
+    dictionary: Tensor
+    codes: Tensor
+    weighted: Tensor
+    support: Tensor
+    loss: float
 
 
-def _loss(residual: Tensor, blocks: Sequence[Tensor]) -> float:
-    return float((_weighted(blocks, residual.T) * residual.T).sum(dtype=torch.float64))
+class _Loss:
+    """The loss of y (d_in, d_out) under the blocks of H. Products with H are what costs, so they are handed on."""
+
+    def __init__(self, y: Tensor, blocks: Sequence[Tensor]) -> None:
+        self.y, self.blocks = y, blocks
+        self.target = self.weighted(y.T)
+
+    def weighted(self, rows: Tensor) -> Tensor:
+        """H rows, block by block; rows (d_out, n)."""
+        parts = rows.split([len(block) for block in self.blocks])
+        return torch.cat([block @ part for block, part in zip(self.blocks, parts, strict=True)])
+
+    def of(self, dictionary: Tensor, codes: Tensor, weighted: Tensor, support: Tensor) -> _State:
+        error, weighted_error = self.y.T - codes @ dictionary.T, self.target - weighted @ dictionary.T
+        return _State(dictionary, codes, weighted, support, float((weighted_error * error).sum(dtype=torch.float64)))
 
 
-def _update_dictionary(
-    y: Tensor, dictionary: Tensor, codes: Tensor, blocks: Sequence[Tensor], loss: float
-) -> tuple[Tensor, Tensor, float]:
-    """The best dictionary for the codes, with unit atoms, and its loss; as it was where rounding makes that rise."""
-    weighted = _weighted(blocks, codes)
-    normal = (codes.T @ weighted).double()
+def _update_dictionary(loss: _Loss, before: _State) -> _State:
+    """The best dictionary for the codes, with unit atoms; as it was where rounding makes the loss rise."""
+    normal = (before.codes.T @ before.weighted).double()
     normal.diagonal().add_(RIDGE * normal.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(normal)
     if failed:
-        return dictionary, codes, loss
-    residual = y - dictionary @ codes.T
-    change = torch.cholesky_solve((residual @ weighted).T.double(), lower).T
-    moved = dictionary + change.to(y)
+        return before
+    residual = loss.y - before.dictionary @ before.codes.T
+    change = torch.cholesky_solve((residual @ before.weighted).T.double(), lower).T
+    moved = before.dictionary + change.to(loss.y)
     length = moved.norm(dim=0)
-    lowered = _loss(y - moved @ codes.T, blocks)
-    if not bool((length > 0).all()) or not lowered < loss:
-        return dictionary, codes, loss
-    return moved / length, codes * length, lowered
+    after = loss.of(moved / length, before.codes * length, before.weighted * length, before.support)
+    return after if bool((length > 0).all()) and after.loss < before.loss else before
 
 
-def _update_codes(
-    y: Tensor,
-    dictionary: Tensor,
-    codes: Tensor,
-    support: Tensor,
-    blocks: Sequence[Tensor],
-    sparsity: int,
-    before: float,
-) -> tuple[Tensor, Tensor, float]:
-    """Codes, support and loss after a gradient step on the supports and a refit, or after the refit alone."""
-    gram, products = dictionary.T @ dictionary, y.T @ dictionary
-    stepped = codes + _weighted(blocks, products - codes @ gram)
+def _update_codes(loss: _Loss, before: _State, sparsity: int) -> _State:
+    """After a gradient step on the supports and a refit, or after the refit alone, whichever first lowers the loss."""
+    dictionary = before.dictionary
+    gram, products = dictionary.T @ dictionary, loss.target @ dictionary
+    stepped = before.codes + products - before.weighted @ gram
     moved = largest(stepped, sparsity)
-    for start, allowed in ((stepped * moved, moved), (codes, support)):
-        found = _conjugate_gradients(gram, products, start, allowed, blocks)
-        loss = _loss(y - dictionary @ found.T, blocks)
-        if loss < before:
-            return found, allowed, loss
-    return codes, support, before
+    start = stepped * moved
+    for codes, weighted, support in (
+        (start, loss.weighted(start), moved),
+        (before.codes, before.weighted, before.support),
+    ):
+        found = _conjugate_gradients(loss, gram, products, codes, weighted, support)
+        after = loss.of(dictionary, *found, support)
+        if after.loss < before.loss:
+            return after
+    return before
 
 
 def _conjugate_gradients(
-    gram: Tensor, products: Tensor, codes: Tensor, support: Tensor, blocks: Sequence[Tensor]
-) -> Tensor:
-    """A few steps towards the values of least loss on the support, all columns together."""
-    codes = codes.clone()
-    residual = _weighted(blocks, products - codes @ gram) * support
+    loss: _Loss, gram: Tensor, products: Tensor, codes: Tensor, weighted: Tensor, support: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Codes after a few steps towards the values of least loss on the support, all columns together, and H times them.
+
+    products: H Yᵀ D.
+    """
+    codes, weighted = codes.clone(), weighted.clone()
+    residual = (products - weighted @ gram) * support
     direction = residual.clone()
     square = residual.square().sum(dtype=torch.float64)
     for _ in range(STEPS):
-        image = _weighted(blocks, direction @ gram)
+        moved = loss.weighted(direction)
+        image = moved @ gram
         curvature = (direction * image).sum(dtype=torch.float64)
         if not curvature > 0:
             break
-        step = square / curvature
-        codes.add_(direction, alpha=float(step))
-        residual.sub_(image * support, alpha=float(step))
+        step = float(square / curvature)
+        codes.add_(direction, alpha=step)
+        weighted.add_(moved, alpha=step)
+        residual.sub_(image * support, alpha=step)
         following = residual.square().sum(dtype=torch.float64)
         direction.mul_(float(following / square)).add_(residual)
         square = following
-    return codes
+    return codes, weighted

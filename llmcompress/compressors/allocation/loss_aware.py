@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
+from llmcompress.compressors.allocation.curves import truncation_losses
 from llmcompress.compressors.allocation.spread import checked
 from llmcompress.errors import InputError
 from llmcompress.types import Budget, Profile, Site
@@ -205,9 +206,7 @@ class LossAware:
 def choices(profile: Profile) -> tuple[Tensor, Tensor]:
     """(errors, costs) of every rank that stores less than the dense weight, and last of the dense weight: error 0."""
     none = torch.zeros(1, dtype=torch.float64)
-    losses = profile.losses
-    if losses is None:
-        losses = torch.cat((profile.spectrum.double().square().flip(0).cumsum(0).flip(0), none))
+    losses = truncation_losses(profile.spectrum.double()) if profile.losses is None else profile.losses
     smaller = profile.costs < profile.dense
     costs = torch.cat((profile.costs[smaller].double(), none + profile.dense))
     return torch.cat((losses.double()[smaller], none)), costs
