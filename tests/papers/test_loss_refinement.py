@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+import llmcompress
+from llmcompress.compressors.allocation.curves import measured_for
 from llmcompress.compressors.allocation.loss_aware import LossAware, choices
 from llmcompress.compressors.cospadi import CoSpaDi, CoSpaDiOptions, learn_dictionary
 from llmcompress.compressors.kfac_svd import KFACSVD, two_sided_factorize
 from llmcompress.compressors.loss_refinement import refine
 from llmcompress.types import Budget, Problem, Profile, Site, Statistics
+from tests.tiny import tiny_model
 
 
 def normal(*shape, seed=0):
@@ -168,6 +171,47 @@ def test_measured_losses_of_auto_are_the_lower_of_both():
     )
     tail = torch.cat((auto.spectrum.square().flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)))
     torch.testing.assert_close(auto.losses, torch.minimum(tail, alone.losses))
+
+
+def test_one_unit_in_eight_is_measured_of_each_kind_and_the_ends():
+    def site(role, block, d_out):
+        return Site(f"{block}.{role}", role, block, 32, d_out, f"{block}.{role}")
+
+    units = [[site(role, block, 16 + 16 * (role == "up"))] for block in range(30) for role in ("q", "up")]
+    measured = measured_for(units)
+    assert measured[::2] == [0, *[8] * 8, *[24] * 8, *[40] * 8, *[56] * 4, 58]
+    assert measured[1::2] == [number + 1 for number in measured[::2]]
+    assert measured_for(units[:10]) == list(range(10)), "five of a kind are all measured"
+
+
+def test_a_unit_follows_the_curve_of_its_like():
+    """Exactly where the two differ in scale alone; near its own measurement where weights and inputs are others."""
+    method = CoSpaDi(CoSpaDiOptions(structure="cospadi", output_weights="full"))
+    measured, problem = method.profile(unit()), unit()
+    problem.weights = [3 * weight for weight in problem.weights]
+    problem.like = measured
+    torch.testing.assert_close(method.profile(problem).losses, 9 * measured.losses)
+    other = unit(seed=7)
+    other.weights = [normal(*weight.shape, seed=40 + i).float() for i, weight in enumerate(other.weights)]
+    own = method.profile(other).losses
+    other.like = measured
+    near = (measured.costs > 0.45 * measured.dense) & (measured.costs < 0.8 * measured.dense)
+    torch.testing.assert_close(method.profile(other).losses[near], own[near], rtol=0.15, atol=0)
+
+
+def test_the_pipeline_measures_the_curves_that_others_follow(monkeypatch):
+    model = tiny_model(num_hidden_layers=7)
+    tokens = torch.randint(3, 120, (16, 32), generator=torch.Generator().manual_seed(0))
+    measured, original = [], CoSpaDi._losses
+
+    def counted(self, problem, spectrum):
+        measured.append(problem.sites[0].block)
+        return original(self, problem, spectrum)
+
+    monkeypatch.setattr(CoSpaDi, "_losses", counted)
+    step = {"method": "cospadi", "ratio": 0.3, "output_weights": "full", "allocation": "loss_aware"}
+    llmcompress.compress(model, tokens=tokens, **step)
+    assert sorted(measured) == [block for block in (0, 4, 6) for _ in range(4)]
 
 
 def test_a_budget_follows_measured_losses_not_the_spectrum():

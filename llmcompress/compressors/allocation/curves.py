@@ -36,8 +36,10 @@ def following_losses(spectrum: Tensor, like: Profile) -> Tensor:
     `like` is of a unit of the same shapes, so that entries belong to the same costs.
     """
     own, others = truncation_losses(spectrum), truncation_losses(like.spectrum)
-    measured = others if like.losses is None else like.losses
-    return own * torch.where(others > 0, measured / others, 1.0)
+    if like.losses is None or not others[0] > 0:
+        return own
+    measured = like.losses
+    return torch.where(others > 0, own * measured / others, own[0] * measured / others[0])
 
 
 def truncation_losses(spectrum: Tensor) -> Tensor:
