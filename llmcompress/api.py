@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.calibration import text
+from llmcompress.calibration.modes import frozen
 from llmcompress.checkpoint.install import install
 from llmcompress.checkpoint.quantizer import attach, has_own_format
 from llmcompress.engine import Engine
@@ -79,12 +80,8 @@ def compress(
         recipe.block_recovery, section.build_sampler(), section.stream_factory(), section.gram_factory(),
     )  # fmt: skip
     store = MemoryStore()
-    training = model.training
-    model.eval()
-    try:
+    with frozen(model):
         results = Engine(Runner(model, plan.structure), plan, tokens, store, settings, progress).run()
-    finally:
-        model.train(training)
     layers = load_layers(results, store, model.dtype)
     for name, layer in layers.items():
         layer.to(model.get_submodule(name).weight.device)

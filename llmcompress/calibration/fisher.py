@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcompress.calibration.collect import BACKWARD, accumulate_gram
-from llmcompress.calibration.modes import evaluation_mode
+from llmcompress.calibration.modes import frozen
 from llmcompress.errors import InputError, RunError
 from llmcompress.types import Site, Statistics
 
@@ -121,10 +121,8 @@ class FisherAccumulator:
     def __enter__(self) -> FisherAccumulator:
         self._hooks = OutputStatistics(self.model, self.sites, frozenset({"row_fisher", "column_fisher"}))
         self._seen = 0
-        self._requires_grad = [(p, p.requires_grad) for p in self.model.parameters()]
-        self._evaluation_mode = evaluation_mode(self.model)
-        self._evaluation_mode.__enter__()
-        self.model.requires_grad_(False)
+        self._frozen = frozen(self.model)
+        self._frozen.__enter__()
         # The graph starts at the embeddings' output: no parameter needs a gradient
         embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         self._start = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
@@ -136,9 +134,7 @@ class FisherAccumulator:
         if kind is None:
             self.statistics = {name: self.statistics[name] + self._hooks.sums[name] for name in self.statistics}
             self.samples += self._seen
-        for parameter, flag in self._requires_grad:
-            parameter.requires_grad_(flag)
-        self._evaluation_mode.__exit__(None, None, None)
+        self._frozen.__exit__(None, None, None)
 
     def update(self, batch: dict[str, Tensor]) -> None:
         """Adds the sequences of a batch."""

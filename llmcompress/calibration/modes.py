@@ -1,4 +1,4 @@
-"""A model in evaluation mode for a while."""
+"""A model in evaluation mode, or frozen, for a while."""
 
 from __future__ import annotations
 
@@ -18,3 +18,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and a backward pass computes no parameter's gradient; afterwards parameters ask for it again."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with evaluation_mode(model):
+        model.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in asked:
+                parameter.requires_grad_(True)

@@ -34,9 +34,13 @@ def layer_spec(layer: StructuredLinear) -> dict[str, Any]:
 
 
 def install(model: PreTrainedModel, layers: Mapping[str, StructuredLinear]) -> None:
-    """Replaces the modules at the given paths and ties what they share to its owner, for loading and saving alike."""
+    """Replaces the modules at the given paths and ties what they share to its owner, for loading and saving alike.
+
+    A layer takes over the mode, training or evaluation, of what it replaces.
+    """
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
+        layer.train(model.get_submodule(name).training)
         setattr(model.get_submodule(parent), leaf, layer)
     tied = shared_tensors(layers)
     for name, owner in tied.items():

@@ -349,3 +349,13 @@ def test_compress_in_memory_keeps_the_training_mode_and_counts_its_rows():
     assert llmcompress.compress(model, tokens=torch.randint(4, 120, (4, 16)), ratio=0.3) is model
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{"method": "kfac_svd"}, {"method": "svd_llm", "block_recovery": {"steps": 2}}])
+def test_compress_in_memory_leaves_no_gradient(options):
+    model = tiny_model()
+    model.model.norm.requires_grad_(False)
+    llmcompress.compress(model, tokens=torch.randint(4, 120, (8, 16)), ratio=0.3, **options)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
+    assert not any(module.training for module in model.modules())
