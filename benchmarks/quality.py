@@ -57,8 +57,9 @@ STEPS: dict[str, dict[str, Any]] = {
         "output_weights": "diagonal",
         "allocation": "loss_aware",
     },
-    "cospadi, full output weights, loss_aware": {
+    "cospadi, full output weights, loss_aware, 20 iterations": {
         "method": "cospadi",
+        "iterations": 20,
         "output_weights": "full",
         "allocation": "loss_aware",
     },

@@ -20,8 +20,8 @@ from llmcompress.compressors.hard_thresholding import entries, largest
 
 STEPS = 4  # of conjugate gradients a round
 RIDGE = 1e-5  # of the mean diagonal, on the change of the dictionary
-ROUNDS = 5
-TOLERANCE = 5e-3
+ROUNDS = 3
+TOLERANCE = 1e-2
 
 
 def refine(
