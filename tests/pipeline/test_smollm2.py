@@ -1,14 +1,18 @@
 """The main job on a real model: SmolLM2-135M-Instruct from its GGUF file, on text that every CPython carries."""
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress
 from llmcompress import Recipe
 from llmcompress.checkpoint.verify import verify
 from llmcompress.layers.low_rank import LowRankLinear
+from llmcompress.progress import Silent
+from llmcompress.sweep import sweep, sweep_recipes
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +52,25 @@ def test_the_reloaded_model_still_knows_its_capitals(run):
     )  # fmt: skip
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+
+@pytest.mark.slow
+def test_the_best_recipe_at_three_sizes(smollm2_name, wikitext_files, tmp_path):
+    """Reloaded, no training: at most the figures promised, on the calibration's domain and on another."""
+    content = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "best.yaml").read_text())
+    content |= {"model": smollm2_name, "output": str(tmp_path / "runs")}
+    content["calibration"]["dataset"] = str(wikitext_files["valid"])
+    test, other = str(wikitext_files["test"]), "python-docs:all"
+    content["eval"] |= {"perplexity": [test, other], "speed": False}
+    outcomes = sweep(sweep_recipes(Recipe.parse(content), [0.2, 0.3, 0.4], []), Silent())
+    metrics = {name: outcome.metrics for name, outcome in outcomes.items()}
+    found = {
+        name: [pair["compressed"]["perplexity"] for pair in m["perplexity"].values()] for name, m in metrics.items()
+    }
+    print(found)
+    for (name, own), limit in zip(metrics.items(), (22.8, 25.5, 31.3), strict=True):
+        assert own["perplexity"][test]["dense"]["perplexity"] == pytest.approx(19.89, abs=0.02)
+        assert found[name][0] <= limit
+        ratio = float(name.rpartition("-")[2])
+        assert ratio <= own["size"]["targeted"]["removed"] < 1 - 0.995 * (1 - ratio)
+    assert found["cospadi-0.3"][1] <= 25
