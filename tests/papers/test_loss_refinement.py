@@ -199,6 +199,21 @@ def test_a_unit_follows_the_curve_of_its_like():
     torch.testing.assert_close(method.profile(other).losses[near], own[near], rtol=0.15, atol=0)
 
 
+@pytest.mark.parametrize("structure", ["auto", "cospadi"])
+def test_one_large_direction_leaves_a_curve_that_follows_as_it_was(structure):
+    """A dictionary's least size is far above rank one: what rank zero would lose must not enter the curve."""
+    method = CoSpaDi(CoSpaDiOptions(structure=structure, output_weights="full"))
+    plain = unit()
+    plain.like = method.profile(plain)
+    large = dataclasses.replace(plain)
+    large.weights = [weight + 30 * torch.outer(weight[:, 0], weight[0]) for weight in plain.weights]
+    followed, own = method.profile(large), method.profile(dataclasses.replace(large, like=None))
+    assert float(own.spectrum[0]) > 5 * float(plain.like.spectrum[0])
+    assert (followed.losses.diff() <= 0).all()
+    near = (own.costs >= own.costs[0]) & (own.costs < 0.8 * own.dense)
+    torch.testing.assert_close(followed.losses[near], own.losses[near], rtol=0.3, atol=0)
+
+
 def test_the_pipeline_measures_the_curves_that_others_follow(monkeypatch):
     model = tiny_model(num_hidden_layers=7)
     tokens = torch.randint(3, 120, (16, 32), generator=torch.Generator().manual_seed(0))

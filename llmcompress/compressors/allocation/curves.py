@@ -33,13 +33,15 @@ def measured_for(units: Sequence[Sequence[Site]]) -> list[int]:
 def following_losses(spectrum: Tensor, like: Profile) -> Tensor:
     """Losses (p + 1,) of a unit with this spectrum (p,), float64: low rank's, times the share of it that `like` has.
 
-    `like` is of a unit of the same shapes, so that entries belong to the same costs.
+    `like` is of a unit of the same shapes, so that entries belong to the same costs. Of the ranks below a least cost,
+    which all cost the same, the largest counts.
     """
     own, others = truncation_losses(spectrum), truncation_losses(like.spectrum)
+    least = int((like.costs == like.costs[0]).sum())
+    own[:least], others[:least] = own[least - 1].clone(), others[least - 1].clone()
     if like.losses is None or not others[0] > 0:
         return own
-    measured = like.losses
-    return torch.where(others > 0, own * measured / others, own[0] * measured / others[0])
+    return torch.where(others > 0, own * like.losses / others, own[0] * like.losses / others[0])
 
 
 def truncation_losses(spectrum: Tensor) -> Tensor:
