@@ -1,5 +1,6 @@
 """Two-sided whitening and the global budget: the optimum of their problems, and what they predict of real losses."""
 
+import copy
 import dataclasses
 import itertools
 import shutil
@@ -499,9 +500,10 @@ def thirty_percent(smollm2_name, smollm2_tokenizer, wikitext, tmp_path_factory):
         engine = engine_for(model, tokens, {"ratio": 0.3, **step}, store, backward_samples=48)
         results = engine.run()
         layers = load_layers(results, store, model.dtype)
-        install(model, layers)
+        compressed = copy.deepcopy(model)  # the engine keeps the dense one
+        install(compressed, layers)
         stored, dense = sum(r.stored_values for r in results), sum(r.dense_values for r in results)
-        quality = {name: perplexity(model, rows).perplexity for name, rows in evaluated.items()}
+        quality = {name: perplexity(compressed, rows).perplexity for name, rows in evaluated.items()}
         print(step, quality, f"{stored / dense / 0.7:.5f} of the budget, {len(results) - len(layers)} sites dense")
         found[key] = quality, layers, stored / dense / 0.7, engine
         return found[key]
