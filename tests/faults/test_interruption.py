@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 import llmcompress
 from llmcompress import Recipe, RunError, workspace
@@ -170,7 +171,7 @@ def test_interrupt_says_how_to_go_on(inputs, undisturbed, tmp_path, capsys, monk
 
     data = propagated(*inputs, tmp_path / "out")
     path = tmp_path / "r.yaml"
-    path.write_text(llmcompress.recipe.yaml.safe_dump(data))
+    path.write_text(yaml.safe_dump(data))
     commit, count = workspace.replace_durably, 0
 
     def control_c(part, target):
