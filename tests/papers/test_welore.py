@@ -441,12 +441,9 @@ def test_thresholds_of_a_real_model(smollm2_spectra):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pivoted", "limit"), [(False, 0.95), (True, 0.97)])
-def test_welore_beats_uniform_budgets_on_a_real_model(smollm2_name, smollm2_tokenizer, wikitext, pivoted, limit):
-    """20 % removed by whitened SVD, ranks from the weights' own spectra.
-
-    The published claim is of plain factors (0.86 here); the pivot form leaves uniform ranks less to lose (0.953).
-    """
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_welore_beats_uniform_budgets_on_a_real_model(smollm2_name, smollm2_tokenizer, wikitext, pivoted):
+    """20 % removed by whitened SVD, ranks from the weights' own spectra; without the pivot form as published."""
     stream = {split: text.tokenize(smollm2_tokenizer, [wikitext[split]]) for split in ("valid", "test")}
     tokens = text.pack(stream["valid"], 32, 512, "valid")
     found = {}
@@ -455,7 +452,7 @@ def test_welore_beats_uniform_budgets_on_a_real_model(smollm2_name, smollm2_toke
         compress(model, tokens=tokens, method="svd_llm", ratio=0.2, allocation=allocation, pivot=pivoted)
         found[allocation] = perplexity(model, windows(stream["test"], 1024, 8, "test")).perplexity
     print(found, f"{found['welore'] / found['uniform']:.2f}")
-    assert found["welore"] <= limit * found["uniform"]
+    assert found["welore"] <= 0.95 * found["uniform"]
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress
@@ -57,12 +56,13 @@ def test_the_reloaded_model_still_knows_its_capitals(run):
 @pytest.mark.slow
 def test_the_best_recipe_at_three_sizes(smollm2_name, wikitext_files, tmp_path):
     """Reloaded, no training: at most the figures promised, on the calibration's domain and on another."""
-    content = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "best.yaml").read_text())
-    content |= {"model": smollm2_name, "output": str(tmp_path / "runs")}
-    content["calibration"]["dataset"] = str(wikitext_files["valid"])
-    test, other = str(wikitext_files["test"]), "python-docs:all"
-    content["eval"] |= {"perplexity": [test, other], "speed": False}
-    outcomes = sweep(sweep_recipes(Recipe.parse(content), [0.2, 0.3, 0.4], []), Silent())
+    test = str(wikitext_files["test"])
+    overrides = [
+        f"model={smollm2_name}", f"calibration.dataset={wikitext_files['valid']}", f"output={tmp_path / 'runs'}",
+        f"eval.perplexity=[{test}, python-docs:all]", "eval.speed=false",
+    ]  # fmt: skip
+    base = Recipe.load(Path(__file__).parents[2] / "recipes" / "best.yaml", overrides)
+    outcomes = sweep(sweep_recipes(base, [0.2, 0.3, 0.4], []), Silent())
     metrics = {name: outcome.metrics for name, outcome in outcomes.items()}
     found = {
         name: [pair["compressed"]["perplexity"] for pair in m["perplexity"].values()] for name, m in metrics.items()
