@@ -195,7 +195,7 @@ class BlockRecovery(Section):
     """After a block is compressed, its factors are fitted to the dense block's outputs."""
 
     steps: int = Field(32, ge=1, description="optimiser steps a block")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of Adam; falls to zero by a cosine")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate of Adam; falls to zero by a cosine")
 
 
 class SelfGuided(Section):

@@ -5,6 +5,7 @@ A weight (d_out, d_in) is approximated by (A B)ᵀ with A (d_in, r), B (r, d_out
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from dataclasses import dataclass
@@ -69,6 +70,23 @@ def pivot(factors: LowRankFactors) -> PivotedFactors:
     pivots[chosen] = True
     A = factors.A @ (mix.T @ rows[:, chosen]).to(factors.A)
     return PivotedFactors(A, coefficients.to(A), pivots, factors.singular_values, factors.repair)
+
+
+def fitted_to_storage(factors: PivotedFactors, gram: Tensor | None, dtype: torch.dtype) -> PivotedFactors:
+    """The factors with A as `dtype` holds it and the least-squares B for that A: the rows that are no pivots undo most
+    of what rounding does to those that are.
+
+    gram (d_in, d_in) weighs the error; None counts every input the same. Nothing is done for float32 and wider.
+    """
+    if torch.finfo(dtype).bits >= torch.finfo(torch.float32).bits:
+        return factors
+    A = factors.A.to(dtype).to(factors.A)
+    weighted = A.T if gram is None else A.T @ gram.to(A)
+    normal = weighted @ A
+    # Without the ridge directions that no input has would take any coefficient.
+    normal.diagonal().add_(torch.finfo(dtype).eps ** 2 * normal.diagonal().mean())
+    B = factors.B + torch.linalg.solve(normal, weighted @ (factors.A - A) @ factors.B)
+    return dataclasses.replace(factors, A=A, B=B)
 
 
 _numpy_lock = threading.Lock()  # its limit is the process's, and restored by whoever leaves last

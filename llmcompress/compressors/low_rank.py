@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from llmcompress.compressors.factor_storage import FactorStorage, quantized_costs, quantized_errors, quantized_layer
-from llmcompress.compressors.factors import LowRankFactors, PivotedFactors, pivot
+from llmcompress.compressors.factors import LowRankFactors, PivotedFactors, fitted_to_storage, pivot
 from llmcompress.compressors.ranks import rank_costs, rank_within
 from llmcompress.compressors.whitening import checked_weight
 from llmcompress.errors import InputError, RunError
@@ -273,14 +273,19 @@ def build_layers(problem: Problem, factors: LowRankFactors | PivotedFactors) -> 
     """
     dtype = problem.weights[0].dtype
     A = nn.Parameter(factors.A.to(dtype).contiguous())
-    pivoted = factors.pivots if isinstance(factors, PivotedFactors) else None
+    if not torch.isfinite(A).all():
+        raise RunError(f"{problem.name}: a factor overflows {dtype}")
+    pivoted = None
+    if isinstance(factors, PivotedFactors):
+        gram = joint_statistics(problem).gram if problem.statistics else None
+        factors, pivoted = fitted_to_storage(factors, gram, dtype), factors.pivots
     layers: list[LowRankLinear] = []
     first = column = offset = 0
     for site, bias in zip(problem.sites, problem.biases, strict=True):
         mask = pivoted[first : first + site.d_out] if pivoted is not None else None
         count = int(mask.sum()) if mask is not None else 0
         B = factors.B[:, column : column + site.d_out - count].to(dtype)
-        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+        if not torch.isfinite(B).all():
             raise RunError(f"{site.name}: a factor overflows {dtype}")
         shared = {"A": problem.sites[0].name} if layers else None
         layers.append(LowRankLinear.from_factors(A, B, bias, mask, offset, shared))

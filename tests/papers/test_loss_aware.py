@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmcompress.calibration import text
 from llmcompress.checkpoint.install import install
 from llmcompress.compressors.allocation.loss_aware import LossAware, allocate, choices
-from llmcompress.compressors.factors import LowRankFactors, pivot
+from llmcompress.compressors.factors import LowRankFactors, fitted_to_storage, pivot
 from llmcompress.compressors.kfac_svd import KFACSVD, KFACSVDOptions, two_sided_factorize
 from llmcompress.compressors.low_rank import joint_statistics, stacked_weight
 from llmcompress.compressors.ranks import rank_costs
@@ -153,6 +153,25 @@ def test_pivoted_two_sided_factors_are_the_same_product(seed):
     single = LowRankFactors(found.A.float() @ torch.eye(RANK), found.B.float(), factors.singular_values)
     rest = factors.to_dense()[~found.pivots]
     np.testing.assert_allclose(single.to_dense(), rest, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pivot_form_in_a_narrow_dtype_undoes_most_of_its_rounding(dtype):
+    weight, G, H = problem(3, d_in=40, d_out=60)
+    exact = pivot(two_sided_factorize(weight, G, H, RANK))
+    fitted = fitted_to_storage(exact, G, dtype)
+    assert torch.equal(fitted.A, exact.A.to(dtype).double())
+
+    root = scipy.linalg.sqrtm(G.numpy())
+    rest = root @ (exact.A @ exact.B).numpy()  # of the outputs that are no pivots
+    best = scipy.linalg.lstsq(root @ fitted.A.numpy(), rest)[0]
+
+    def lost(B):
+        return np.linalg.norm(root @ fitted.A.numpy() @ np.asarray(B) - rest)
+
+    assert lost(fitted.B) <= 1.001 * lost(best)
+    assert lost(fitted.B) < 0.9 * lost(exact.B)
+    assert fitted_to_storage(exact, G, torch.float32) is exact
 
 
 # --- the second-order model ------------------------------------------------------------------------------------------
@@ -549,7 +568,7 @@ def test_pivot_form_of_all_real_sites(thirty_percent):
         assert layer.A.numel() + layer.B.numel() == layer.rank * (layer.d_in + layer.d_out - layer.rank)
         weight, statistics = stacked_weight(found), joint_statistics(found)
         factors = method.space(weight, statistics, site.name).factors(layer.rank)
-        pivoted = pivot(factors)
+        pivoted = fitted_to_storage(pivot(factors), statistics.gram, torch.bfloat16)
         G = statistics.gram / statistics.tokens
         H = found.statistics[0].output_gram / found.statistics[0].backward_tokens
         for name, kept in (("exact", factors), ("plain", narrow(factors)), ("pivoted", narrow(pivoted))):
