@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--steps", type=int, default=30, help="of 512 tokens, in the table of losses")
     parser.add_argument("--compare-steps", type=int, default=16, help="of 512 tokens, for methods and optimisers")
-    parser.add_argument("--fit-steps", type=int, default=16, help="a block, of 4,096 tokens")
+    parser.add_argument("--fit-steps", type=int, default=64, help="a block, of 1,024 tokens")
     parser.add_argument("--fit-lr", type=float, default=1e-4)
     parser.add_argument("--results", type=Path, default=Path("finetune.jsonl"))
     options = parser.parse_args()

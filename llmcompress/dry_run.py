@@ -60,7 +60,7 @@ def _totals(dense: int, stored: float, width: int) -> list[str]:
 
 
 def _estimate(plan: Plan, tokens: torch.Tensor, width: int) -> list[str]:
-    """Operations over the speed of a matrix product measured now: an order of magnitude, not a promise."""
+    """Operations of the passes and of SVDs over the speed of a matrix product measured now: dictionaries take longer."""
     n = tokens.numel()
     inputs = {site.input: site.d_in for site in plan.structure.sites}
     forward = 2 * n * sum(site.dense_values for site in plan.structure.sites)
@@ -79,7 +79,7 @@ def _estimate(plan: Plan, tokens: torch.Tensor, width: int) -> list[str]:
                      for i in range(len(plan.structure.blocks)))  # fmt: skip
     streams = (len(plan.structure.blocks) + 1) if plan.backward_needs else 2
     return [
-        f"calibration: {tokens.shape[0]} x {tokens.shape[1]} tokens; about {seconds / 60:.1f} min here "
+        f"calibration: {tokens.shape[0]} x {tokens.shape[1]} tokens; at least {seconds / 60:.1f} min here "
         f"({speed / 1e9:.0f} GFLOP/s in a matrix product); a GPU is used where torch finds one",
         f"memory: about {(block * width + 3 * gram_bytes) / 2**20 + 600:.0f} MiB; "
         f"disk for hidden states: {streams * n * width_model * width / 2**20:.0f} MiB",

@@ -194,7 +194,8 @@ class Evaluation(Section):
 class BlockRecovery(Section):
     """After a block is compressed, its factors are fitted to the dense block's outputs."""
 
-    steps: int = Field(32, ge=1, description="optimiser steps a block")
+    steps: int = Field(64, ge=1, description="optimiser steps a block")
+    batch: int = Field(2, ge=1, description="sequences a step")
     lr: float = Field(1e-4, gt=0, description="peak learning rate of Adam; falls to zero by a cosine")
 
 

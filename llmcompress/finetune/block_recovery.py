@@ -51,9 +51,10 @@ def recover_block(
     """Fits the factors of `layers` in place, so that `run(inputs)` comes near `targets`, by Adam under a cosine.
 
     run: the block with its layers installed, (sequences, length, d_model) -> the same; inputs, targets: (sequences,
-    length, d_model), on any device; batch: sequences at a time. The loss is the mean over positions of the squared
-    error over the squared length. Steps are taken in float32 whatever the layers' dtype; sparse codes keep their
-    mask. The last eighth of the sequences is held out: a fit that is no gain there, as stored, is undone.
+    length, d_model), on any device; batch: sequences at a time where nothing is fitted. The loss is the mean over
+    positions of the squared error over the squared length. Steps are taken in float32 whatever the layers' dtype;
+    sparse codes keep their mask. The last eighth of the sequences is held out: a fit that is no gain there, as stored,
+    is undone.
     """
     held_out = max(1, len(inputs) // HELD_OUT) if len(inputs) > 1 else 0
     fit, last = torch.arange(len(inputs) - held_out), torch.arange(len(inputs) - max(held_out, 1), len(inputs))
@@ -62,7 +63,7 @@ def recover_block(
     for layer in layers.values():
         if isinstance(layer, SparseDictionaryLinear):
             layer.unpack()
-    _fit(run, _parameters(layers), inputs, targets, fit, batch, section, generator)
+    _fit(run, _parameters(layers), inputs, targets, fit, section, generator)
     for layer in layers.values():
         if isinstance(layer, SparseDictionaryLinear):
             layer.pack()
@@ -84,7 +85,6 @@ def _fit(
     inputs: Tensor,
     targets: Tensor,
     rows: Tensor,
-    batch: int,
     section: BlockRecovery,
     generator: torch.Generator,
 ) -> None:
@@ -94,9 +94,9 @@ def _fit(
     device = parameters[0].device
     order = rows[:0]
     for _ in range(section.steps):
-        while len(order) < min(batch, len(rows)):
+        while len(order) < min(section.batch, len(rows)):
             order = torch.cat((order, rows[torch.randperm(len(rows), generator=generator)]))
-        chosen, order = order[:batch].sort().values, order[batch:]
+        chosen, order = order[: section.batch].sort().values, order[section.batch :]
         with torch.enable_grad():
             loss = relative_error(run(inputs[chosen].to(device)), targets[chosen].to(device))
             gradients = torch.autograd.grad(loss, parameters)

@@ -239,7 +239,7 @@ def test_a_fit_in_the_loss_that_it_lowers_comes_near_its_optimum():
     residual = (y - x @ best).square().sum() + s[8:].square().sum()
     layer.A.data *= 0.7
     found = recover_block(
-        layer, {"m": layer}, hidden, targets, 40, BlockRecovery(steps=1500, lr=2e-2), torch.Generator()
+        layer, {"m": layer}, hidden, targets, 40, BlockRecovery(steps=1500, batch=40, lr=2e-2), torch.Generator()
     )
     reached = relative_error(layer(hidden), targets).item()
     assert found.kept
@@ -250,7 +250,7 @@ def test_a_fit_in_the_loss_that_it_lowers_comes_near_its_optimum():
 def test_a_fit_that_is_no_gain_on_held_out_sequences_is_undone():
     hidden, weight, layer = linear_block()
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    section = BlockRecovery(steps=3, lr=1e3)
+    section = BlockRecovery(steps=3, batch=8, lr=1e3)
     found = recover_block(layer, {"m": layer}, hidden, hidden @ weight.T, 8, section, torch.Generator())
     assert not found.kept
     assert found.after > found.before
@@ -266,7 +266,7 @@ def test_a_dictionary_is_fitted_within_its_mask_and_ends_in_its_stored_form():
     layer = SparseDictionaryLinear.from_factors(dictionary, indices, torch.randn(24, 8, generator=generator) / 5)
     mask = layer.mask.clone()
     found = recover_block(
-        layer, {"m": layer}, hidden, hidden @ weight.T, 8, BlockRecovery(steps=200, lr=1e-2), generator
+        layer, {"m": layer}, hidden, hidden @ weight.T, 8, BlockRecovery(steps=200, batch=8, lr=1e-2), generator
     )
     assert found.after < 0.5 * found.before
     assert layer.packed
@@ -280,7 +280,7 @@ def test_a_bfloat16_block_is_fitted_by_steps_below_its_resolution():
     layer = LowRankLinear.from_factors(layer.A.bfloat16() * 0.8, layer.B.bfloat16())
     hidden, targets = hidden.bfloat16(), (hidden @ weight.T).bfloat16()
     found = recover_block(
-        layer, {"m": layer}, hidden, targets, 40, BlockRecovery(steps=300, lr=3e-4), torch.Generator()
+        layer, {"m": layer}, hidden, targets, 40, BlockRecovery(steps=300, batch=40, lr=3e-4), torch.Generator()
     )
     assert layer.A.dtype == torch.bfloat16
     assert found.after < 0.9 * found.before

@@ -421,7 +421,7 @@ FITS = {
 @pytest.mark.parametrize("name", FITS)
 def test_blocks_are_fitted_in_every_order_of_passes(name, inputs, tmp_path):
     """The last block's outputs come nearer to the dense model's, by its note and by the model that was saved."""
-    section = {"steps": 30, "lr": 1e-3}
+    section = {"steps": 30, "batch": 32, "lr": 1e-3}
     losses = {}
     dense = AutoModelForCausalLM.from_pretrained(inputs[0])
     text = tokenize(AutoTokenizer.from_pretrained(inputs[0]), [inputs[1].read_text()])
