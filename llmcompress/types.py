@@ -179,7 +179,10 @@ class Compressor(Protocol):
         """The unit's spectrum in the method's own space, for allocations that need one."""
 
     def plan(self, sites: Sequence[Site], budget: Budget) -> dict[str, Any]:
-        """Sizes chosen for the budget, without data: what a dry run prints (`rank`, `atoms`, ..., `values`)."""
+        """Sizes chosen for the budget, without data: what a dry run prints (`rank`, `atoms`, ..., `values`).
+
+        `operations`: multiplications and additions beside an SVD's, where there are many.
+        """
 
     def compress(self, problem: Problem, budget: Budget, generator: torch.Generator) -> Compressed:
         """Factorises one unit within the budget. InputError or RunError name the site."""

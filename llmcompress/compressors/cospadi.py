@@ -19,13 +19,13 @@ from llmcompress.backends.choice import Backend
 from llmcompress.backends.dictionary import code_again, solve_again
 from llmcompress.compressors.allocation.curves import following_losses, truncation_losses
 from llmcompress.compressors.basis_sharing import BasisSharing, BasisSharingOptions
-from llmcompress.compressors.dictionary_learning import DictionaryFactors, learn_fast, mod_update
+from llmcompress.compressors.dictionary_learning import DictionaryFactors, learn_fast, learning_operations, mod_update
 from llmcompress.compressors.dictionary_sizes import Sizes, dictionary_sizes, sizes_within, stored_bits
 from llmcompress.compressors.factors import pivot
 from llmcompress.compressors.hard_thresholding import check_sparsity, hard_thresholding_pursuit
 from llmcompress.compressors.kfac_svd import DAMPING, KFACSVD
 from llmcompress.compressors.ksvd import ksvd_sweep, learn_ksvd, omp
-from llmcompress.compressors.loss_refinement import ROUNDS, refine
+from llmcompress.compressors.loss_refinement import ROUNDS, refine, refinement_operations
 from llmcompress.compressors.low_rank import Whitened, build_layers, joint_statistics, naming, stacked_weight
 from llmcompress.compressors.ranks import rank_costs, rank_within
 from llmcompress.compressors.svd_llm import SVDLLM, SVDLLMOptions
@@ -244,7 +244,14 @@ class CoSpaDi:
                 rank = rank_within(_rank_costs(sites), budget.values)
                 return {"rank": rank, "values": float(_rank_costs(sites)[rank])}
             sizes = self._sizes(sites, budget)
-        return {"atoms": sizes.atoms, "nonzeros": sizes.nonzeros, "values": sizes.values}
+        found = {"atoms": sizes.atoms, "nonzeros": sizes.nonzeros, "values": sizes.values}
+        return found | {"operations": self._operations(sites, sizes.atoms)}
+
+    def _operations(self, sites: Sequence[Site], atoms: int) -> float:
+        options, d_in, d_outs = self.options, sites[0].d_in, [site.d_out for site in sites]
+        learning = learning_operations(d_in, sum(d_outs), atoms, options.iterations or ITERATIONS[options.solver])
+        full = options.output_weights == "full"
+        return learning + (refinement_operations(d_in, d_outs, atoms) if full else 0)
 
     def compress(self, problem: Problem, budget: Budget, generator: torch.Generator) -> Compressed:
         name = problem.name

@@ -55,6 +55,13 @@ def refine(
     return replace(factors, dictionary=found.dictionary, indices=indices, values=values, history=history)
 
 
+def refinement_operations(d_in: int, d_outs: Sequence[int], k: int) -> float:
+    """Multiplications and additions of `refine` in all its rounds, each with one support."""
+    codes = 2.0 * k * sum(d_outs)
+    weighted = 2.0 * k * sum(d * d for d in d_outs)
+    return ROUNDS * ((STEPS + 1) * weighted + (STEPS + 3) * codes * k + 7 * codes * d_in)
+
+
 @dataclass(frozen=True)
 class _State:
     """dictionary (d_in, k), codes Sᵀ, H Sᵀ and the support (d_out, k), and the loss."""

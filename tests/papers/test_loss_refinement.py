@@ -6,13 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import llmcompress
 from llmcompress.compressors.allocation.curves import measured_for
 from llmcompress.compressors.allocation.loss_aware import LossAware, choices
 from llmcompress.compressors.cospadi import CoSpaDi, CoSpaDiOptions, learn_dictionary
+from llmcompress.compressors.dictionary_learning import learning_operations
 from llmcompress.compressors.kfac_svd import KFACSVD, two_sided_factorize
-from llmcompress.compressors.loss_refinement import refine
+from llmcompress.compressors.loss_refinement import refine, refinement_operations
 from llmcompress.types import Budget, Problem, Profile, Site, Statistics
 from tests.tiny import tiny_model
 
@@ -55,6 +57,16 @@ def test_with_full_codes_it_comes_to_the_two_sided_svd(signals):
     start = learnt(signals, k, k)
     assert loss(signals, start, gram) > 1.2 * floor
     assert floor <= loss(signals, refine(signals, start, [gram], rounds=100, tolerance=1e-6), gram) < 1.03 * floor
+
+
+def test_the_work_that_an_estimate_of_time_counts_is_that_done():
+    y = normal(64, 192) * torch.linspace(1, 0.05, 64, dtype=torch.float64)[:, None]
+    with FlopCounterMode(display=False) as learning:
+        factors = learn_dictionary(y, 48, 24, iterations=8, tolerance=0.0)
+    with FlopCounterMode(display=False) as refinement:
+        refine(y, factors, [correlation(96, seed=1), correlation(96, seed=2)], tolerance=0.0)
+    assert learning_operations(64, 192, 48, 8) == pytest.approx(learning.get_total_flops(), rel=0.25)
+    assert refinement_operations(64, [96, 96], 48) == pytest.approx(refinement.get_total_flops(), rel=0.25)
 
 
 def test_every_round_lowers_the_loss_that_the_history_tells(signals):
