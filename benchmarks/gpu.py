@@ -31,6 +31,7 @@ import llmcompress
 from llmcompress.compressors.cospadi import learn_dictionary
 from llmcompress.compressors.dictionary_sizes import dictionary_sizes
 from llmcompress.compressors.ranks import rank_costs, rank_within
+from llmcompress.layers.base import StructuredLinear
 from llmcompress.layers.block import BlockDenseLinear
 from llmcompress.layers.low_rank import LowRankLinear
 from llmcompress.layers.sparse_dictionary import SparseDictionaryLinear
@@ -62,8 +63,11 @@ class Random:
         return order.topk(count).indices.sort(1).values
 
 
-def dense(random: Random, d_in: int, d_outs: Sequence[int], ratio: float) -> list[nn.Module]:
-    layers: list[nn.Module] = []
+Layer = nn.Linear | StructuredLinear
+
+
+def dense(random: Random, d_in: int, d_outs: Sequence[int], ratio: float) -> list[Layer]:
+    layers: list[Layer] = []
     for d_out in d_outs:
         layer = nn.Linear(d_in, d_out, bias=False, device="meta")
         layer.weight = nn.Parameter(random.values(d_out, d_in))
@@ -71,12 +75,12 @@ def dense(random: Random, d_in: int, d_outs: Sequence[int], ratio: float) -> lis
     return layers
 
 
-def low_rank(random: Random, d_in: int, d_outs: Sequence[int], ratio: float) -> list[nn.Module]:
+def low_rank(random: Random, d_in: int, d_outs: Sequence[int], ratio: float) -> list[Layer]:
     rank = rank_within(rank_costs(d_in, d_outs, True), (1 - ratio) * d_in * sum(d_outs))
     pivots = torch.zeros(sum(d_outs), dtype=torch.bool, device="cuda")
     pivots[random.chosen(1, sum(d_outs), rank)[0]] = True
     A = nn.Parameter(random.values(d_in, rank))
-    layers: list[nn.Module] = []
+    layers: list[Layer] = []
     offset = 0
     for mask in pivots.split(list(d_outs)):
         B = random.values(rank, int((~mask).sum()))
@@ -85,7 +89,7 @@ def low_rank(random: Random, d_in: int, d_outs: Sequence[int], ratio: float) -> 
     return layers
 
 
-def sparse(random: Random, d_in: int, d_outs: Sequence[int], ratio: float) -> list[nn.Module]:
+def sparse(random: Random, d_in: int, d_outs: Sequence[int], ratio: float) -> list[Layer]:
     atoms, nonzeros = dictionary_sizes(d_in, sum(d_outs), ratio)
     dictionary = nn.Parameter(random.values(d_in, atoms).bfloat16(), requires_grad=False)
     return [
@@ -97,8 +101,8 @@ def sparse(random: Random, d_in: int, d_outs: Sequence[int], ratio: float) -> li
     ]  # fmt: skip
 
 
-def block_dense(random: Random, d_in: int, d_outs: Sequence[int], ratio: float) -> list[nn.Module]:
-    layers: list[nn.Module] = []
+def block_dense(random: Random, d_in: int, d_outs: Sequence[int], ratio: float) -> list[Layer]:
+    layers: list[Layer] = []
     for d_out in d_outs:
         rank = int((1 - ratio) * d_in * d_out / (d_out + d_in / 4)) // 32 * 32
         layer = BlockDenseLinear(d_in, d_out, rank, 4, dtype=random.dtype, device="cuda")
@@ -108,21 +112,19 @@ def block_dense(random: Random, d_in: int, d_outs: Sequence[int], ratio: float) 
     return layers
 
 
-FORMS: dict[str, Callable[..., list[nn.Module]]] = {
+FORMS: dict[str, Callable[..., list[Layer]]] = {
     "dense": dense, "low rank, pivot": low_rank, "sparse dictionary": sparse, "block dense": block_dense,
 }  # fmt: skip
 
 
-def stored_bytes(layers: Sequence[nn.Module]) -> float:
+def stored_bytes(layers: Sequence[Layer]) -> float:
     return sum(
-        layer.storage_bits / 8
-        if not isinstance(layer, nn.Linear)
-        else layer.weight.numel() * layer.weight.element_size()
+        layer.weight.numel() * layer.weight.element_size() if isinstance(layer, nn.Linear) else layer.storage_bits / 8
         for layer in layers
     )
 
 
-def check(name: str, layers: Sequence[nn.Module], x: Tensor) -> None:
+def check(name: str, layers: Sequence[Layer], x: Tensor) -> None:
     """SystemExit naming the form whose result is further from float64 than its dtype explains."""
     for layer in layers:
         weight = layer.weight if isinstance(layer, nn.Linear) else layer.to_dense()
@@ -159,7 +161,7 @@ def recorded(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def time_group(copies: Sequence[Sequence[nn.Module]], x: Tensor) -> float:
+def time_group(copies: Sequence[Sequence[Layer]], x: Tensor) -> float:
     return seconds(recorded(lambda: [layer(x) for group in copies for layer in group]).replay) / len(copies)
 
 
@@ -167,7 +169,11 @@ def bandwidth() -> float:
     """Bytes a second of the fastest copy, read and written."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return max(2 * size / seconds(lambda size=size: target[:size].copy_(source[:size])) for size in (1 << 28, 1 << 30))
+
+    def copied(size: int) -> float:
+        return seconds(lambda: target[:size].copy_(source[:size]))
+
+    return max(2 * size / copied(size) for size in (1 << 28, 1 << 30))
 
 
 def layers_table(dtype: torch.dtype, rows: Sequence[int], ratio: float) -> None:
@@ -228,7 +234,7 @@ def fit_table(ratio: float) -> None:
         )
 
 
-def swap(model: LlamaForCausalLM, build: Callable[..., list[nn.Module]], random: Random, ratio: float) -> None:
+def swap(model: LlamaForCausalLM, build: Callable[..., list[Layer]], random: Random, ratio: float) -> None:
     for block in model.model.layers:
         attention, ffn = block.self_attn, block.mlp
         groups = (

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from llmcompress_eval.speed_modules import copy_bandwidth
 from llmcompress_kernels import sparse_dictionary, use
+from llmcompress_kernels.layout import arranged
 from llmcompress_kernels.low_rank import low_rank_forward
 from rich.console import Console
 from rich.table import Table
@@ -72,10 +73,10 @@ class Problem:
         self.atoms = int((1 - ratio) * d_in * d_out / (d_in + d_out / 2))
         self.nonzeros = self.atoms // 2
         self.dense = [random(d_out, d_in) for _ in range(copies)]
-        self.A = [random(d_in, self.rank) for _ in range(copies)]
-        self.B = [random(self.rank, d_out - self.rank) for _ in range(copies)]
+        self.A = [arranged(random(d_in, self.rank)) for _ in range(copies)]
+        self.B = [arranged(random(self.rank, d_out - self.rank)) for _ in range(copies)]
         self.places = torch.randperm(d_out, generator=generator)
-        self.D = [random(d_in, self.atoms).bfloat16() for _ in range(copies)]
+        self.D = [arranged(random(d_in, self.atoms).bfloat16()) for _ in range(copies)]
         index = torch.rand(d_out, self.atoms, generator=generator).topk(self.nonzeros).indices
         marked = torch.zeros(d_out, self.atoms, dtype=torch.bool).scatter_(1, index, True)
         mask = pack_mask(F.pad(marked, (0, -self.atoms % 8)).flatten()).view(d_out, -1)
@@ -94,7 +95,7 @@ class Problem:
 
         def sparse(i: int) -> Tensor:
             return sparse_dictionary.sparse_dictionary_forward(
-                x, self.D[i], self.mask[i], self.values[i], None, self.dense[i]
+                x, self.D[i], self.mask[i], self.values[i], None, self.dense[i], None
             )
 
         return {"dense": lambda i: F.linear(x, self.dense[i]), "low rank": low_rank, "sparse": sparse}

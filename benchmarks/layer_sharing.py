@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 from pathlib import Path
+from typing import Any
 
 from llmcompress_eval.perplexity import perplexity, windows
 from rich.console import Console
@@ -55,7 +56,7 @@ def main() -> None:
     for first in arguments.pairs:
         targets = [rf"layers\.({first}|{first + 1})\."]
 
-        def measured(method: str, ratio: float, targets: list[str] = targets, **options: bool) -> float:
+        def measured(method: str, ratio: float, targets: list[str] = targets, **options: Any) -> float:
             tokens = calibration if method == "svd_llm" else calibration[:1, :8]
             made = llmcompress.compress(
                 copy.deepcopy(model), tokens=tokens, method=method, ratio=ratio, targets=targets, **options

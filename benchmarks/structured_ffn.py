@@ -200,10 +200,10 @@ def measure_conversion(step: dict[str, Any], guided: bool, minutes: float, data:
     found: dict[str, Any] = {"kept": kept_share(layers), "before": perplexity(model, held_out).perplexity}
     training = pack(valid, valid.numel(), 512, "valid.txt")
     section = {"method": "lrc", "loss": "ce", "lr": 5e-5, "warmup": 0.2, "length": 512, "batch": 1, "validation": 0}
-    guide = {"self_guided": {}} if guided else {}
+    guide: dict[str, Any] = {"self_guided": {}} if guided else {}
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
-        train(model, training[:2], Finetune(**section, steps=2, lr=1e-12), Path(folder) / "probe")  # type: ignore[misc]
+        train(model, training[:2], Finetune(**section, steps=2, lr=1e-12), Path(folder) / "probe")
         steps = max(4, round(60 * minutes / (time.process_time() - start) * 2))
         start = time.process_time()
         train(model, training, Finetune(**section, **guide, steps=steps), Path(folder) / "run")
