@@ -82,11 +82,9 @@ def fitted_to_storage(factors: PivotedFactors, gram: Tensor | None, dtype: torch
         return factors
     A = factors.A.to(dtype).to(factors.A)
     weighted = A.T if gram is None else A.T @ gram.to(A)
-    normal = weighted @ A
-    # Without the ridge directions that no input has would take any coefficient.
-    normal.diagonal().add_(torch.finfo(dtype).eps ** 2 * normal.diagonal().mean())
-    B = factors.B + torch.linalg.solve(normal, weighted @ (factors.A - A) @ factors.B)
-    return dataclasses.replace(factors, A=A, B=B)
+    # Directions that no input has would take any coefficient: the cut leaves theirs as they are.
+    inverse = torch.linalg.pinv(weighted @ A, hermitian=True, rtol=torch.finfo(dtype).eps ** 2)
+    return dataclasses.replace(factors, A=A, B=factors.B + inverse @ (weighted @ (factors.A - A) @ factors.B))
 
 
 _numpy_lock = threading.Lock()  # its limit is the process's, and restored by whoever leaves last

@@ -24,7 +24,7 @@ from llmcompress.compressors.kfac_svd import KFACSVD, KFACSVDOptions, two_sided_
 from llmcompress.compressors.low_rank import joint_statistics, stacked_weight
 from llmcompress.compressors.ranks import rank_costs
 from llmcompress.compressors.svd import svd_factorize
-from llmcompress.compressors.svd_llm import svd_llm_factorize
+from llmcompress.compressors.svd_llm import SVDLLM, svd_llm_factorize
 from llmcompress.engine import Engine
 from llmcompress.errors import InputError
 from llmcompress.measurement import Settings
@@ -172,6 +172,14 @@ def test_pivot_form_in_a_narrow_dtype_undoes_most_of_its_rounding(dtype):
     assert lost(fitted.B) <= 1.001 * lost(best)
     assert lost(fitted.B) < 0.9 * lost(exact.B)
     assert fitted_to_storage(exact, G, torch.float32) is exact
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(24, 16), torch.ones(24, 16)])
+def test_a_weight_of_lower_rank_than_its_budget_is_stored_in_a_narrow_dtype(weight):
+    statistics = Statistics(tokens=100, gram=gram(16, 0))
+    problem = Problem([Site("m", "other", 0, 16, 24, "m")], [weight.bfloat16()], [None], [statistics])
+    (layer,) = SVDLLM().compress(problem, Budget.for_ratio(problem.sites, 0.3), torch.Generator()).layers
+    np.testing.assert_allclose(layer.to_dense().float().detach(), weight, atol=0.02)
 
 
 # --- the second-order model ------------------------------------------------------------------------------------------
