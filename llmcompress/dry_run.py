@@ -75,8 +75,7 @@ def _estimate(plan: Plan, tokens: torch.Tensor, settings: Settings, width: int, 
         operations += 2 * n * sum(d * d for d in inputs.values()) * 5 // 8
     if plan.backward_needs:  # a block runs again and backward: three times a forward pass
         output_grams = 2 * sum(site.d_out**2 for site in plan.sites) if "output_gram" in plan.needs else 0
-        sequences = min(settings.backward_samples or len(tokens), len(tokens))
-        operations += sequences * tokens.shape[1] * (3 * forward + output_grams)
+        operations += settings.backward_sequences(tokens) * tokens.shape[1] * (3 * forward + output_grams)
     svds = sum(22 * min(s.d_in, s.d_out) ** 2 * max(s.d_in, s.d_out) * 4 for s in plan.sites)
     a = torch.rand(1024, 1024)
     start = time.perf_counter()

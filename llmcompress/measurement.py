@@ -37,6 +37,10 @@ class Settings:
     stream: Callable[[], Any] | None = None
     gram: Callable[[], Any] | None = None  # makes one recovery of an input's Gram
 
+    def backward_sequences(self, tokens: Tensor) -> int:
+        """How many of the sequences gradients are computed for."""
+        return min(self.backward_samples or len(tokens), len(tokens))
+
 
 class Measurement:
     """Runs the dense blocks of a plan's model over `tokens` (sequences, length) int64, and keeps sums in `store`."""
@@ -179,7 +183,7 @@ class Measurement:
     # -- gradients, from the last block to the first ----------------------------------------------------------------
 
     def _backward(self) -> None:
-        samples = min(self.settings.backward_samples or len(self.tokens), len(self.tokens))
+        samples = self.settings.backward_sequences(self.tokens)
         shape = (samples, *self.shape[1:])
         last = f"gradient/{self.count:05d}"
         if not self.store.has(last) and not self.store.has(f"gradients/{self.count - 1:05d}"):
