@@ -43,13 +43,16 @@ def _expand_kernel() -> tuple[Kernel, Tensor]:
 
 
 def supports(x: Tensor, weight: Tensor) -> bool:
-    """Whether `product` takes them, and can be compiled."""
+    """Whether the kernels take their dtypes, and can be compiled."""
     widths = (torch.float32, torch.bfloat16)
-    return x.dtype in widths and weight.dtype in widths and weight.stride(1) == 1 and available()
+    return x.dtype in widths and weight.dtype in widths and available()
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight (d_in, n) in float32 for x (..., d_in) or (rows, >= d_in): (rows, n, zeros to a multiple of 8)."""
+    """x @ weight (d_in, n) in float32 for x (..., d_in) or (rows, >= d_in): (rows, n, zeros to a multiple of 8).
+
+    weight: each column in one piece. The same for B of `low_rank_expand`.
+    """
     x = _float_rows(x)
     d_in, n = weight.shape
     rows, stride = (x.shape[0], x.stride(0)) if x.ndim == 2 else (x.numel() // d_in, d_in)
@@ -76,7 +79,7 @@ def _product(
     threads = threads_for(d_in * n * (2 if narrow else 4))
     _kernel("product")(
         threads, x.data_ptr(), rows, stride, d_in, weight.data_ptr(), narrow, n, sums.data_ptr(), n + -n % 8,
-        _chunk(n, threads, 16), places, pivots, offset, out, out_stride, weight.stride(0),
+        _chunk(n, threads, 16), places, pivots, offset, out, out_stride, weight.stride(1),
     )  # fmt: skip
 
 

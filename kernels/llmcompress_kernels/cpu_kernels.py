@@ -23,8 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 8
-UNROLL = 8  # rows of W in one pass over the accumulators
-AHEAD = 8  # rows between what is multiplied and what is fetched: the hardware does not follow short rows
+AHEAD = 1024  # bytes between what is multiplied and what is fetched
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 FLOATS, HALVES, WORDS = ir.VectorType(F32, LANES), ir.VectorType(I16, LANES), ir.VectorType(I32, LANES)
 BYTES16, BYTES32 = ir.VectorType(I8, 16), ir.VectorType(I8, 32)
@@ -106,44 +105,73 @@ def widen_bfloat16(context: Any, half: Any) -> Any:
     return types.float32(types.uint16), code
 
 
-def _add_rows(rows: int, bfloat16: bool) -> Any:
-    """The intrinsic out[r, :vectors * 8] += sum over u < UNROLL of x[r, u] W[u, :] for `rows` rows."""
+def _dot(rows: int, columns: int, unroll: int, ahead: int, bfloat16: bool) -> Any:
+    """The intrinsic out[r, c * apart] = x[r, :d] . W[c * apart, :d], d = vectors * 8, for so many rows and columns.
+
+    `unroll` sums each, so that an addition need not wait for the last one. ahead: bytes between what is multiplied and
+    what is fetched, 0 for none.
+    """
     size = 2 if bfloat16 else 4
-    steps = 64 // (size * LANES)  # in which a cache line of each row is prefetched once
+    line = 64 // (size * LANES)  # vectors of W in a cache line
 
     @intrinsic
-    def add_rows(
-        context: Any, x: Any, x_stride: Any, weight: Any, weight_stride: Any, out: Any, out_stride: Any, vectors: Any
-    ) -> Any:
+    def dot(
+        context: Any, x: Any, x_stride: Any, weight: Any, weight_stride: Any, apart: Any, vectors: Any, out: Any,
+        out_stride: Any,
+    ) -> Any:  # fmt: skip
         def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            x, x_stride, weight, weight_stride, out, out_stride, vectors = arguments
-            starts = [_at(builder, x, x_stride, 4 * r) for r in range(rows)]
-            places = [[_at(builder, start, ir.Constant(I64, u), 4) for u in range(UNROLL)] for start in starts]
-            scales = [[_splat(builder, _load(builder, place, F32, 4)) for place in row] for row in places]
-            with cgutils.for_range(builder, vectors, intp=I64) as loop:
-                outs = [_at(builder, _at(builder, out, out_stride, 4 * r), loop.index, 4 * LANES) for r in range(rows)]
-                sums = [_load(builder, place, FLOATS, 4) for place in outs]
-                ahead = builder.and_(loop.index, ir.Constant(I64, steps - 1))
-                for u in range(0, UNROLL, steps):
-                    row = builder.add(ahead, ir.Constant(I64, AHEAD + u))
-                    place = builder.add(weight, builder.mul(builder.mul(weight_stride, ir.Constant(I64, size)), row))
-                    _prefetch(builder, _at(builder, place, loop.index, size * LANES))
-                for u in range(UNROLL):
-                    row = _at(builder, weight, weight_stride, size * u)
-                    place = _at(builder, row, loop.index, size * LANES)
+            x, x_stride, weight, weight_stride, apart, vectors, out, out_stride = arguments
+            row_starts = [_at(builder, x, x_stride, 4 * r) for r in range(rows)]
+            stride = builder.mul(weight_stride, apart)
+            column_starts = [_at(builder, weight, stride, size * c) for c in range(columns)]
+            zero = ir.Constant(FLOATS, [0.0] * LANES)
+            pairs = [(r, c) for r in range(rows) for c in range(columns)]
+            sums = {pair: [cgutils.alloca_once_value(builder, zero) for _ in range(unroll)] for pair in pairs}
+
+            def add(index: Any, u: int) -> None:
+                left = [_load(builder, _at(builder, start, index, 4 * LANES), FLOATS, 4) for start in row_starts]
+                for c, start in enumerate(column_starts):
+                    place = _at(builder, start, index, size * LANES)
+                    if ahead and u % line == 0:
+                        _prefetch(builder, builder.add(place, ir.Constant(I64, ahead)))
                     if bfloat16:
                         wide = builder.zext(_load(builder, place, HALVES, 2), WORDS)
-                        values = builder.bitcast(builder.shl(wide, ir.Constant(WORDS, [16] * LANES)), FLOATS)
+                        right = builder.bitcast(builder.shl(wide, ir.Constant(WORDS, [16] * LANES)), FLOATS)
                     else:
-                        values = _load(builder, place, FLOATS, 4)
-                    sums = [_multiply_add(builder, scales[r][u], values, sums[r]) for r in range(rows)]
-                for place, total in zip(outs, sums, strict=True):
-                    _store(builder, total, place)
+                        right = _load(builder, place, FLOATS, 4)
+                    for r in range(rows):
+                        total = sums[r, c][u % unroll]
+                        builder.store(_multiply_add(builder, left[r], right, builder.load(total)), total)
+
+            step = max(unroll, line if ahead else 1)
+            groups = builder.udiv(vectors, ir.Constant(I64, step))
+            with cgutils.for_range(builder, groups, intp=I64) as loop:
+                for u in range(step):
+                    add(_at(builder, ir.Constant(I64, u), loop.index, step), u)
+            done = builder.mul(groups, ir.Constant(I64, step))
+            with cgutils.for_range(builder, builder.sub(vectors, done), intp=I64) as loop:
+                add(builder.add(done, loop.index), 0)
+            for r, c in pairs:
+                place = _at(builder, _at(builder, out, out_stride, 4 * r), apart, 4 * c)
+                _store(builder, _total(builder, [builder.load(part) for part in sums[r, c]]), place)
             return cgutils.get_null_value(target.get_value_type(types.int64))
 
-        return types.int64(*[types.int64] * 7), code
+        return types.int64(*[types.int64] * 8), code
 
-    return add_rows
+    return dot
+
+
+def _total(builder: Any, parts: list[Any]) -> Any:
+    """The sum of all lanes of all parts."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = builder.fadd(total, part)
+    lanes = LANES
+    while lanes > 1:
+        lanes //= 2
+        low, high = (ir.Constant(ir.VectorType(I32, lanes), [*range(start, start + lanes)]) for start in (0, lanes))
+        total = builder.fadd(*(builder.shuffle_vector(total, total, half) for half in (low, high)))
+    return builder.extract_element(total, ir.Constant(I32, 0))
 
 
 def _expand_output(rows: int, unroll: int) -> Any:
@@ -194,13 +222,8 @@ def _expand_output(rows: int, unroll: int) -> Any:
             with cgutils.for_range(builder, builder.sub(mask_bytes, done), intp=I64) as loop:
                 add_byte(builder.add(done, loop.index), 0)
             for r in range(rows):
-                total = builder.load(sums[r][0])
-                for u in range(1, unroll):
-                    total = builder.fadd(total, builder.load(sums[r][u]))
-                result = builder.extract_element(total, ir.Constant(I32, 0))
-                for lane in range(1, LANES):
-                    result = builder.fadd(result, builder.extract_element(total, ir.Constant(I32, lane)))
-                _store(builder, result, _at(builder, out, out_stride, 4 * r))
+                total = _total(builder, [builder.load(part) for part in sums[r]])
+                _store(builder, total, _at(builder, out, out_stride, 4 * r))
             return cgutils.get_null_value(target.get_value_type(types.int64))
 
         return types.int64(*[types.int64] * 8), code
@@ -208,8 +231,9 @@ def _expand_output(rows: int, unroll: int) -> Any:
     return expand_output
 
 
-add_1_float32, add_4_float32 = _add_rows(1, False), _add_rows(4, False)
-add_1_bfloat16, add_4_bfloat16 = _add_rows(1, True), _add_rows(4, True)
+dot_1x1_float32, dot_1x4_float32 = _dot(1, 1, 2, 0, False), _dot(1, 4, 2, 0, False)
+dot_1x1_bfloat16, dot_1x4_bfloat16 = _dot(1, 1, 2, 0, True), _dot(1, 4, 2, 0, True)
+dot_4x2_float32, dot_4x2_bfloat16 = _dot(4, 2, 1, AHEAD, False), _dot(4, 2, 1, AHEAD, True)
 expand_1, expand_4 = _expand_output(1, 4), _expand_output(4, 2)
 
 
@@ -228,7 +252,7 @@ def shuffle_table() -> np.ndarray[Any, Any]:
 
 def _product(data: Any) -> None:
     """arguments: 1 x, 2 rows, 3 stride of x, 4 d_in, 5 W, 6 whether W is bfloat16, 7 n, 8 sums, 9 stride of sums,
-    10 chunk, 11 places or 0, 12 pivots, 13 offset, 14 out, 15 stride of out, 16 stride of W.
+    10 chunk, 11 places or 0, 12 pivots, 13 offset, 14 out, 15 stride of out, 16 stride of W's columns.
 
     sums (rows, stride) becomes x W with zeros after n; the stride is n rounded up to a multiple of 8. With places
     (pivots + n,): out[r, places[pivots + j]] = sums[r, j] and, of the pivots, out[r, places[j]] = x[r, offset + j].
@@ -237,38 +261,47 @@ def _product(data: Any) -> None:
     rows, x_stride, d_in, bfloat16, n, stride, chunk = a[2], a[3], a[4], a[6] != 0, a[7], a[9], a[10]
     pivots, offset, out_stride, w_stride = a[12], a[13], a[15], a[16]
     x, sums = carray(float32_at(a[1]), (rows, x_stride)), carray(float32_at(a[8]), (rows, stride))
-    wide, narrow = carray(float32_at(a[5]), (d_in, w_stride)), carray(uint16_at(a[5]), (d_in, w_stride))
+    wide, narrow = carray(float32_at(a[5]), (n, w_stride)), carray(uint16_at(a[5]), (n, w_stride))
     places, out = carray(int64_at(a[11]), (pivots + n,)), carray(float32_at(a[14]), (rows, out_stride))
-    whole = d_in // UNROLL * UNROLL
+    size, vectors = 2 if bfloat16 else 4, d_in // LANES
     while True:
         start = take_chunk(data) * chunk
         if start >= n:
             break
         end = min(start + chunk, n)
-        full = start + (end - start) // LANES * LANES
-        for r in range(rows):
-            sums[r, start : stride if end == n else end] = 0
-        for i in range(0, whole, UNROLL):
-            # a last, partial vector reads on into the next row, if there is one; what it adds past n is cleared below
-            vectors = (end - start + LANES - 1) // LANES if i + UNROLL < d_in else (end - start) // LANES
-            w = a[5] + (2 if bfloat16 else 4) * (i * w_stride + start)
-            r = 0
+        apart = (end - start) // 4
+        for c in range(start, start + apart):
+            w, r = a[5] + size * c * w_stride, 0
             while r < rows:
-                four = r + 4 <= rows
-                x_place, out_place = a[1] + 4 * (r * x_stride + i), a[8] + 4 * (r * stride + start)
-                if bfloat16 and four:
-                    add_4_bfloat16(x_place, x_stride, w, w_stride, out_place, stride, vectors)
-                elif bfloat16:
-                    add_1_bfloat16(x_place, x_stride, w, w_stride, out_place, stride, vectors)
-                elif four:
-                    add_4_float32(x_place, x_stride, w, w_stride, out_place, stride, vectors)
+                x_place, place = a[1] + 4 * r * x_stride, a[8] + 4 * (r * stride + c)
+                other_w, other = w + 2 * size * apart * w_stride, place + 8 * apart
+                if r + 4 > rows:
+                    if bfloat16:
+                        dot_1x4_bfloat16(x_place, x_stride, w, w_stride, apart, vectors, place, stride)
+                    else:
+                        dot_1x4_float32(x_place, x_stride, w, w_stride, apart, vectors, place, stride)
+                    r += 1
+                    continue
+                if bfloat16:
+                    dot_4x2_bfloat16(x_place, x_stride, w, w_stride, apart, vectors, place, stride)
+                    dot_4x2_bfloat16(x_place, x_stride, other_w, w_stride, apart, vectors, other, stride)
                 else:
-                    add_1_float32(x_place, x_stride, w, w_stride, out_place, stride, vectors)
-                r += 4 if four else 1
+                    dot_4x2_float32(x_place, x_stride, w, w_stride, apart, vectors, place, stride)
+                    dot_4x2_float32(x_place, x_stride, other_w, w_stride, apart, vectors, other, stride)
+                r += 4
+        for c in range(start + 4 * apart, end):
+            w = a[5] + size * c * w_stride
+            for r in range(rows):
+                x_place, place = a[1] + 4 * r * x_stride, a[8] + 4 * (r * stride + c)
+                if bfloat16:
+                    dot_1x1_bfloat16(x_place, x_stride, w, w_stride, 0, vectors, place, stride)
+                else:
+                    dot_1x1_float32(x_place, x_stride, w, w_stride, 0, vectors, place, stride)
+        for r in range(rows if d_in % LANES else 0):
+            for j in range(start, end):
+                for i in range(vectors * LANES, d_in):
+                    sums[r, j] += x[r, i] * (widen_bfloat16(narrow[j, i]) if bfloat16 else wide[j, i])
         for r in range(rows):
-            for i in range(whole - UNROLL if whole == d_in else whole, d_in):
-                for j in range(full if i < whole else start, end):
-                    sums[r, j] += x[r, i] * (widen_bfloat16(narrow[i, j]) if bfloat16 else wide[i, j])
             for j in range(n, stride if end == n else n):
                 sums[r, j] = 0
         if a[11] != 0:

@@ -1,4 +1,4 @@
-"""The order in memory in which a device reads a weight (d, n) fastest. Shape and values stay what they are."""
+"""The order in memory in which a weight (d, n) is read fastest. Shape and values stay what they are."""
 
 from __future__ import annotations
 
@@ -14,23 +14,12 @@ ALIGNED = 8
 
 
 def arranged(weight: Tensor) -> Tensor:
-    """weight (d, n) in its device's order: row-major on a CPU, on a GPU each column in a piece, padded with zeros.
+    """weight (d, n) with each column in one piece: strides (1, d rounded up to a multiple of 8), over zeros.
 
     It is a view of a larger matrix, both sides multiples of 8: `whole` gives that one back.
     """
-    if _is_arranged(weight, weight.is_cuda):
+    if _is_arranged(weight):
         return weight
-    return columns_in_pieces(weight) if weight.is_cuda else rows_in_pieces(weight)
-
-
-def rows_in_pieces(weight: Tensor) -> Tensor:
-    """weight (d, n) with strides (n rounded up to a multiple of 8, 1), over zeros."""
-    d, n = weight.shape
-    return F.pad(weight, (0, -n % ALIGNED, 0, -d % ALIGNED)).contiguous()[:d, :n]
-
-
-def columns_in_pieces(weight: Tensor) -> Tensor:
-    """weight (d, n) with strides (1, d rounded up to a multiple of 8), over zeros."""
     d, n = weight.shape
     padded = weight.new_zeros(n + -n % ALIGNED, d + -d % ALIGNED)
     padded[:n, :d] = weight.T
@@ -38,18 +27,26 @@ def columns_in_pieces(weight: Tensor) -> Tensor:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """The padded matrix behind a weight that is arranged by columns or by rows; any other as it is."""
-    if not (_is_arranged(weight, True) or _is_arranged(weight, False)):
+    """The padded matrix behind an arranged weight; any other as it is."""
+    if not _is_arranged(weight):
         return weight
     d, n = weight.shape
     return weight.as_strided((d + -d % ALIGNED, n + -n % ALIGNED), weight.stride())
 
 
-def _is_arranged(weight: Tensor, by_columns: bool) -> bool:
+def checked(weight: Tensor) -> Tensor:
+    """weight, row-major unless it is arranged: what lies behind a view's edges may be anything but zeros."""
+    if not dispatch.plain(weight):
+        return weight.contiguous()
+    (d, n), full = weight.shape, whole(weight)
+    return weight.contiguous() if full is weight or full[d:].any() or full[:, n:].any() else weight
+
+
+def _is_arranged(weight: Tensor) -> bool:
     d, n = weight.shape
     rows, columns = d + -d % ALIGNED, n + -n % ALIGNED
     return (
-        weight.stride() == ((1, rows) if by_columns else (columns, 1))
+        weight.stride() == (1, rows)
         and weight.storage_offset() == 0
         and weight.untyped_storage().nbytes() >= rows * columns * weight.element_size()
     )
@@ -69,10 +66,13 @@ def product_backward(
     A tracer sees neither padding nor views beyond their edges, which it might not keep.
     """
     d, n = weight.shape
+    dense_columns = weight.stride(0) == 1 and d % ALIGNED == 0  # else torch copies a gradient that is not row-major
     weight = weight.to(grad.dtype)
     if dispatch.plain(grad):
         weight = whole(arranged(weight))
     of_x = (grad[:, : weight.shape[1]] @ weight.T)[:, : x.shape[1]] if needed[0] else None
     if of_x is not None and of_x.shape[1] < x.shape[1]:
         of_x = F.pad(of_x, (0, x.shape[1] - of_x.shape[1]))
-    return of_x, (x.T @ grad)[:d, :n] if needed[1] else None
+    if not needed[1]:
+        return of_x, None
+    return of_x, ((grad.T @ x).T if dense_columns else x.T @ grad)[:d, :n]

@@ -113,7 +113,7 @@ def product(x: Tensor, weight: Tensor, path: dispatch.Path, width: int = 0) -> T
 
     width: how wide a GPU's kernel for one row makes it.
     """
-    if path == "kernel" and x.device.type == "cpu" and cpu.supports(x, weight):
+    if path == "kernel" and x.device.type == "cpu" and weight.stride(0) == 1 and cpu.supports(x, weight):
         return cpu.product(x, weight)
     rows = x.reshape(-1, x.shape[-1])
     if x.is_cuda and path == "kernel" and len(rows) == 1 and weight.stride(0) == 1:

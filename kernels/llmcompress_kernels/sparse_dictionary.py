@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmcompress_kernels import cpu, dispatch, gap_codes
+from llmcompress_kernels import cpu, dispatch, gap_codes, layout
 from llmcompress_kernels.checks import check_input, check_matrix, check_shape
 from llmcompress_kernels.shared import cast, shared_product, traced_product
 
@@ -80,13 +80,14 @@ def sparse_dictionary_linear(
     an atom, lowest bit first, exactly s of them set in each row; values (d_out, s) of a floating dtype, by ascending
     atom; bias (d_out,). dense (d_out, d_in): the product as a weight, which takes over for many rows; without it the
     codes are made dense at each call. gaps: the same codes as `gap_codes.encode` makes them, which a GPU reads for one
-    row without gradients. Accumulates in float32. Differentiable in x, dictionary, values and bias.
+    row without gradients. Accumulates in float32. Differentiable in x, dictionary, values and bias. Few rows are
+    fastest with a dictionary as `layout.arranged` gives it.
     ValueError naming the argument if shapes, dtypes or devices do not fit.
     """
     _check(x, dictionary, mask, values, bias, dense)
     if gaps is not None and (gaps[0].dtype, gaps[1].dtype) != (torch.int64, torch.int16):
         raise ValueError(f"gaps: must be int64 words and int16 starts; got {gaps[0].dtype} and {gaps[1].dtype}")
-    return sparse_dictionary_forward(x, dictionary, mask, values, bias, dense, gaps)
+    return sparse_dictionary_forward(x, layout.checked(dictionary), mask, values, bias, dense, gaps)
 
 
 def sparse_dictionary_forward(
@@ -123,7 +124,7 @@ def sparse_dictionary_forward(
     elif not eager:
         assert values is not None
         y = sparse_expand(traced_product(x, dictionary, path), mask, values)
-    elif x.device.type == "cpu" and values is not None and values.dtype is torch.bfloat16:
+    elif x.device.type == "cpu" and dictionary.stride(0) == 1 and values is not None and values.dtype is torch.bfloat16:
         y = cpu.expand(shared_product(x, dictionary, path), mask, values)
         y = y if y.dtype is x.dtype else y.to(x.dtype)
     else:

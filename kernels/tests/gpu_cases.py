@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from llmcompress_kernels import block, gap_codes, gpu, low_rank
-from llmcompress_kernels.layout import columns_in_pieces
+from llmcompress_kernels.layout import arranged
 
 from kernels.tests.shapes import LAYOUTS, SETTINGS, assert_close, gap_problem, pivoted, random, strided
 
@@ -17,7 +17,7 @@ FEW = type(SETTINGS)(SETTINGS, max_examples=15)
 
 @FEW
 @given(ROWS, SIZES, SIZES, st.integers(0, 200), LAYOUTS, DTYPES, st.sampled_from(["kernel", "library"]), st.booleans())
-def test_low_rank_expand(rows, rank, rest, pivots, layout, dtype, path, arranged):
+def test_low_rank_expand(rows, rank, rest, pivots, layout, dtype, path, in_pieces):
     pivots = pivots % (rank + 1)
     offset = (rank - pivots) // 2
     z, B = strided(rows, rank, 0, dtype, layout), random(rank, rest, seed=1, dtype=dtype)
@@ -26,15 +26,15 @@ def test_low_rank_expand(rows, rank, rest, pivots, layout, dtype, path, arranged
         pivoted(z, torch.eye(rank), B, places, offset),
         np.abs(z.double().numpy()) @ np.abs(B.double().numpy()),
     )
-    if arranged:
-        z, B = F.pad(z, (0, -rank % 8)), columns_in_pieces(B)
+    if in_pieces:
+        z, B = F.pad(z, (0, -rank % 8)), arranged(B)
     assert_close(low_rank._expand_cuda(z, B, places, offset, path), expected, size)
 
 
 @FEW
 @given(SIZES, SIZES, st.integers(0, 40), LAYOUTS, DTYPES, st.sampled_from([torch.float32, torch.bfloat16]))
 def test_one_row(d, n, more, layout, dtype, stored):
-    x, weight = strided(1, d, 0, dtype, layout), columns_in_pieces(random(d, n, seed=1, dtype=stored))
+    x, weight = strided(1, d, 0, dtype, layout), arranged(random(d, n, seed=1, dtype=stored))
     found = gpu.one_row(x, weight, width=n + more)
     size = np.abs(x.double().numpy()) @ np.abs(weight.double().numpy())
     assert_close(found[:, :n], x.double().numpy() @ weight.double().numpy(), size)

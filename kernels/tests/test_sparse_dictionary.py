@@ -18,10 +18,11 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
 
 @SETTINGS
 @given(ROWS, SIZES, SIZES, SIZES, st.sampled_from(["one", "half", "all"]), st.booleans(), LAYOUTS, DTYPES,
-       st.sampled_from(["kernel", "library", "dense"]))  # fmt: skip
-def test_product_is_that_of_float64(rows, d_in, d_out, atoms, share, biased, layout, dtype, path):
+       st.sampled_from(["kernel", "library", "dense"]), st.booleans())  # fmt: skip
+def test_product_is_that_of_float64(rows, d_in, d_out, atoms, share, biased, strides, dtype, path, arranged):
     nonzeros = {"one": 1, "half": max(1, atoms // 2), "all": atoms}[share]
-    x, D = strided(rows, d_in, 1, dtype, layout), random(d_in, atoms, seed=2, dtype=torch.bfloat16)
+    x, D = strided(rows, d_in, 1, dtype, strides), random(d_in, atoms, seed=2, dtype=torch.bfloat16)
+    D = layout.arranged(D) if arranged else D
     mask, values, S = codes(d_out, atoms, nonzeros)
     bias = random(d_out, seed=4, dtype=dtype) if biased else None
     product = D.double().numpy() @ S.T
@@ -88,20 +89,23 @@ def test_values_are_not_read_past_their_end():
     assert run.returncode == 0, (run.returncode, run.stderr[-2000:])
 
 
-def test_the_next_row_of_the_dictionary_does_not_leak_into_padding():
-    """A vector over the last columns reads on into the next row, which overflows here; times zero it would be NaN."""
-    x, D, mask, values, S = problem(1)
-    x[0] = 0
-    x[0, 0] = 10
-    D[1] = 3e38
-    with torch.no_grad(), use("kernel"):
-        found = sparse_dictionary_linear(x, D, mask, values)
-    assert_close(found, x.double().numpy() @ D.double().numpy() @ S.T)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_nothing_beyond_the_end_of_a_column_or_row_is_read(rows, dtype):
+    """Times zero it would still be NaN."""
+    x, D, *_ = problem(rows)
+    x = torch.full((rows, 24), torch.nan)[:, :13].copy_(x)
+    D = torch.full((19, 24), torch.nan, dtype=dtype)[:, :13].T.copy_(D)
+    found = cpu.product(x, D)
+    assert_close(found[:, :19], x.double().numpy() @ D.double().numpy())
+    assert not found[:, 19:].any()
 
 
+@pytest.mark.parametrize("rows", [3, 6])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_result_does_not_depend_on_threads(threads):
-    x, D, mask, values, S = problem(3, d_in=300, d_out=1500, atoms=403, nonzeros=200)
+def test_result_does_not_depend_on_threads(threads, rows):
+    x, D, mask, values, S = problem(rows, d_in=2100, d_out=1500, atoms=1203, nonzeros=600)
+    D = layout.arranged(D)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
