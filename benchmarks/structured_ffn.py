@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
 import tempfile
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llmcompress_eval.perplexity import perplexity, windows
+from llmcompress_eval.perplexity import Windows, perplexity, windows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -193,34 +194,38 @@ def _affordable(runs: list[dict[str, Any]], c_dense: int, text: Tensor, seconds:
 # --- after a conversion ----------------------------------------------------------------------------------------------
 
 
-def measure_conversion(step: dict[str, Any], guides: list[bool], minutes: float, data: Path) -> dict[str, Any]:
-    """Perplexity before and after `minutes` CPU minutes of training; the steps come from a timing of four."""
+@functools.lru_cache(maxsize=1)
+def conversion(step: str, data: Path) -> tuple[PreTrainedModel, dict[str, float], Tensor, Windows | Tensor]:
+    """The converted model, what is kept and its perplexity; tokens to train on and windows to measure on."""
     tokenizer = load_tokenizer(locate(MODEL))
     valid = tokenize(tokenizer, read_documents(str(data / "wikitext-2" / "valid.txt"), "calibration"))
     test = tokenize(tokenizer, read_documents(str(data / "wikitext-2" / "test.txt"), "evaluation"))
     held_out = windows(test, 1024, 16, "test.txt")
-    converted = load_model(locate(MODEL), torch.float32)
-    llmcompress.compress(converted, tokens=pack(valid, 64, 512, "valid.txt"), targets=["ffn"], **step)
-    layers = [m for m in converted.modules() if isinstance(m, StructuredLinear)]
-    found: dict[str, Any] = {"kept": kept_share(layers), "before": perplexity(converted, held_out).perplexity}
-    training = pack(valid, valid.numel(), 512, "valid.txt")
-    for guided in guides:
-        section: dict[str, Any] = {**TRAINING, "self_guided": {} if guided else None}
-        model = copy.deepcopy(converted)
-        with tempfile.TemporaryDirectory() as folder:
-            start = time.process_time()
-            train(model, training[:4], Finetune(**{**section, "steps": 4, "lr": 1e-12}), Path(folder) / "probe")
-            steps = max(4, round(60 * minutes / (time.process_time() - start) * 4))
-            start = time.process_time()
-            train(model, training, Finetune(**section, steps=steps), Path(folder) / "run")
-        trained = {"steps": steps, "cpu_seconds": time.process_time() - start}
-        found["guided" if guided else "plain"] = trained | {"after": perplexity(model, held_out).perplexity}
-    return found
+    model = load_model(locate(MODEL), torch.float32)
+    llmcompress.compress(model, tokens=pack(valid, 64, 512, "valid.txt"), targets=["ffn"], **json.loads(step))
+    layers = [m for m in model.modules() if isinstance(m, StructuredLinear)]
+    before = {"kept": kept_share(layers), "before": perplexity(model, held_out).perplexity}
+    return model, before, pack(valid, valid.numel(), 512, "valid.txt"), held_out
+
+
+def measure_conversion(step: str, guided: bool, minutes: float, data: Path) -> dict[str, Any]:
+    """Perplexity before and after `minutes` CPU minutes of training; the steps come from a timing of four."""
+    converted, before, training, held_out = conversion(step, data)
+    section: dict[str, Any] = {**TRAINING, "self_guided": {} if guided else None}
+    model = copy.deepcopy(converted)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.process_time()
+        train(model, training[:4], Finetune(**{**section, "steps": 4, "lr": 1e-12}), Path(folder) / "probe")
+        steps = max(4, round(60 * minutes / (time.process_time() - start) * 4))
+        start = time.process_time()
+        train(model, training, Finetune(**section, steps=steps), Path(folder) / "run")
+    found = {**before, "steps": steps, "cpu_seconds": time.process_time() - start}
+    return found | {"after": perplexity(model, held_out).perplexity}
 
 
 def convert(options: argparse.Namespace) -> Table:
     results = Results(options.results)
-    table = Table("feed-forward layers", "kept", "before", "guide", "steps", "CPU s", "after")
+    table = Table("feed-forward layers", "guide", "kept", "before", "steps", "CPU s", "after")
     for ratio in options.ratios:
         steps: dict[str, dict[str, Any]] = {
             f"structured_ffn, {name}": {"method": "structured_ffn", "structure": name, "num_blocks": SIZES[ratio]}
@@ -228,14 +233,13 @@ def convert(options: argparse.Namespace) -> Table:
         }
         steps["svd_llm, pivot form"] = {"method": "svd_llm"}
         for name, step in steps.items():
-            guides = [False, True] if step["method"] == "structured_ffn" else [False]
-            arguments = ({**step, "ratio": ratio}, guides, options.minutes, options.data)
-            row = results.get(json.dumps([name, ratio, options.minutes]), measure_conversion, *arguments)
-            for guide in ("plain", "guided")[: len(guides)]:
-                trained = row[guide]
+            for guided in (False, True) if step["method"] == "structured_ffn" else (False,):
+                key = json.dumps([name, ratio, guided, options.minutes])
+                arguments = (json.dumps({**step, "ratio": ratio}), guided, options.minutes, options.data)
+                row = results.get(key, measure_conversion, *arguments)
                 table.add_row(
-                    name, f"{row['kept']:.1%}", f"{row['before']:.2f}", guide, str(trained["steps"]),
-                    f"{trained['cpu_seconds']:.0f}", f"{trained['after']:.2f}",
+                    name, "yes" if guided else "", f"{row['kept']:.1%}", f"{row['before']:.2f}", str(row["steps"]),
+                    f"{row['cpu_seconds']:.0f}", f"{row['after']:.2f}",
                 )  # fmt: skip
     return table
 
