@@ -1,9 +1,10 @@
 """CPU kernels for few rows, compiled by numba when first used: what bounds them is the bytes of the stored factors.
 
-`product`: out = x W for W (d_in, n) float32 or bfloat16, with the outputs put in their places (the pivot form of low
-rank). Bytes read: those of W. `expand`: out[o] = sum over the atoms that output o's mask marks of value times z[atom].
-Bytes read: k / 8 of the mask and 2 s of the values an output. A byte of the mask picks, from a table, the shuffle that
-spreads the next values over 8 lanes, so that half of the lanes are zeros but every load is a vector.
+`product`: out = x W for W (d_in, n) float32 or bfloat16, each column in one piece, with the outputs put in their places
+(the pivot form of low rank). Bytes read: those of W. `expand`: out[o] = sum over the atoms that output o's mask marks of
+value times z[atom]. Bytes read: k / 8 of the mask and 2 s of the values an output. A byte of the mask picks, from a
+table, the shuffle that spreads the next values over 8 lanes, so that half of the lanes are zeros but every load is a
+vector.
 
 Accumulation is in float32, in an order that depends on neither threads nor chunks. The vector code is written as LLVM
 IR: numba's own loops do not vectorise the conversion from bfloat16.
@@ -269,7 +270,7 @@ def _product(data: Any) -> None:
         if start >= n:
             break
         end = min(start + chunk, n)
-        apart = (end - start) // 4
+        apart = (end - start) // 4  # four regions of columns side by side: one stream asks for too little at once
         for c in range(start, start + apart):
             w, r = a[5] + size * c * w_stride, 0
             while r < rows:
