@@ -1,8 +1,8 @@
 """CPU kernels for few rows, compiled by numba when first used: what bounds them is the bytes of the stored factors.
 
 `product`: out = x W for W (d_in, n) float32 or bfloat16, each column in one piece, with the outputs put in their places
-(the pivot form of low rank). Bytes read: those of W. `expand`: out[o] = sum over the atoms that output o's mask marks of
-value times z[atom]. Bytes read: k / 8 of the mask and 2 s of the values an output. A byte of the mask picks, from a
+(the pivot form of low rank). Bytes read: those of W. `expand`: out[o] = sum over the atoms that output o's mask marks
+of value times z[atom]. Bytes read: k / 8 of the mask and 2 s of the values an output. A byte of the mask picks, from a
 table, the shuffle that spreads the next values over 8 lanes, so that half of the lanes are zeros but every load is a
 vector.
 
