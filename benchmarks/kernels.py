@@ -7,7 +7,8 @@ Each shape is timed on several copies in turn, so that weights come from memory 
 torch's dense float32 product, the low-rank pivot form and the sparse dictionary at equal stored values (16-bit
 dictionary, mask, 14-bit values), medians with half the width of the middle half, and the byte limit: bytes over the
 bandwidth of a copy measured in the same run. --alternatives adds what was tried for the sparse product: torch's CSR
-(MKL), embedding_bag with per-sample weights, and the dense codes; and both paths whatever the rows: where they cross.
+(MKL), embedding_bag with per-sample weights, numba over 16-bit indices, and the dense codes; and both paths whatever
+the rows: where they cross.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numba
+import numpy as np
 import torch
 import torch.nn.functional as F
 from llmcompress_eval.speed_modules import copy_bandwidth
@@ -125,18 +128,38 @@ class Problem:
             for mask, values in zip(self.mask, self.values, strict=True)
         ]
         csr = [matrix.to_sparse_csr() for matrix in codes]
-        index = sparse_dictionary.marked(self.mask[0], self.atoms).nonzero()[:, 1].view(self.d_out, self.nonzeros)
+        marked = sparse_dictionary.marked(self.mask[0], self.atoms)
+        index = marked.nonzero()[:, 1].view(self.d_out, self.nonzeros)
+        narrow = index.to(torch.uint16).numpy()
         values = [matrix.float() for matrix in self.values]
 
         def bag(i: int) -> list[Tensor]:
             z = x @ D[i]
             return [F.embedding_bag(index, row[:, None], mode="sum", per_sample_weights=values[i]).T for row in z]
 
+        def indexed(i: int) -> Tensor:
+            z = x @ D[i]
+            out = torch.empty(len(z), self.d_out)
+            gather(z.numpy(), narrow, values[i].numpy(), out.numpy())
+            return out
+
         return {
+            "16-bit indices, numba": indexed,
             "dense codes": lambda i: F.linear(x @ D[i], codes[i]),
             "CSR": lambda i: (csr[i] @ (x @ D[i]).T).T,
             "embedding_bag": bag,
         }
+
+
+@numba.njit(parallel=True, fastmath=True)
+def gather(z: Any, index: Any, values: Any, out: Any) -> None:
+    """out[r, o] = sum over t of values[o, t] z[r, index[o, t]]."""
+    for o in numba.prange(len(index)):
+        for r in range(len(z)):
+            total = np.float32(0)
+            for t in range(index.shape[1]):
+                total += values[o, t] * z[r, index[o, t]]
+            out[r, o] = total
 
 
 def row_of(problem: Problem, rows: int, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
@@ -168,6 +191,7 @@ def main() -> None:
     parser.add_argument("--alternatives", action="store_true")
     parser.add_argument("--json", help="append the rows to this file")
     options = parser.parse_args()
+    numba.set_num_threads(options.threads)  # first: it starts its pool, and with that sets torch's number too
     torch.set_num_threads(options.threads)
     bandwidth = copy_bandwidth()
     title = f"float32, ratio {options.ratio}, {options.threads} threads, copy {bandwidth / 1e9:.1f} GB/s"
