@@ -1,6 +1,6 @@
 """What do structured feed-forward layers cost and give, trained from scratch and after a conversion?
 
-    python benchmarks/structured_ffn.py scratch --data FOLDER [--minutes 5]
+    python benchmarks/structured_ffn.py scratch --data FOLDER [--minutes 25]
     python benchmarks/structured_ffn.py convert --data FOLDER [--minutes 10]
 
 FOLDER holds WikiText-2 as `wikitext-2/valid.txt` and `test.txt`.
@@ -265,13 +265,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("table", choices=["scratch", "convert"])
     parser.add_argument("--data", type=Path, required=True, help="folder that holds wikitext-2/")
     parser.add_argument("--ratios", type=float, nargs="+", choices=SIZES, default=list(SIZES), help="removed")
-    parser.add_argument("--minutes", type=float, help="CPU minutes: of all scratch runs (5), of each conversion (10)")
+    parser.add_argument("--minutes", type=float, help="CPU minutes: of all scratch runs (25), of each conversion (10)")
     parser.add_argument("--steps", type=int, help="scratch: steps of the dense model, in place of --minutes")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--results", type=Path, default=Path("structured_ffn.jsonl"))
     options = parser.parse_args(arguments)
-    options.minutes = options.minutes or {"scratch": 5.0, "convert": 10.0}[options.table]
+    options.minutes = options.minutes or {"scratch": 25.0, "convert": 10.0}[options.table]
     Console(width=150).print({"scratch": scratch, "convert": convert}[options.table](options))
 
 
