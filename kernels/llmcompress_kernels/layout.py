@@ -35,8 +35,11 @@ def whole(weight: Tensor) -> Tensor:
 
 
 def checked(weight: Tensor) -> Tensor:
-    """weight, row-major unless it is arranged: what lies behind a view's edges may be anything but zeros."""
-    if not dispatch.plain(weight):
+    """weight, row-major unless it is arranged: what lies behind a view's edges may be anything but zeros.
+
+    Always row-major on a GPU, which would have to be waited for, and for tracers.
+    """
+    if weight.is_cuda or not dispatch.plain(weight):
         return weight.contiguous()
     (d, n), full = weight.shape, whole(weight)
     return weight.contiguous() if full is weight or full[d:].any() or full[:, n:].any() else weight
