@@ -144,14 +144,7 @@ def _dot(rows: int, columns: int, unroll: int, ahead: int, bfloat16: bool) -> An
                         total = sums[r, c][u % unroll]
                         builder.store(_multiply_add(builder, left[r], right, builder.load(total)), total)
 
-            step = max(unroll, line if ahead else 1)
-            groups = builder.udiv(vectors, ir.Constant(I64, step))
-            with cgutils.for_range(builder, groups, intp=I64) as loop:
-                for u in range(step):
-                    add(_at(builder, ir.Constant(I64, u), loop.index, step), u)
-            done = builder.mul(groups, ir.Constant(I64, step))
-            with cgutils.for_range(builder, builder.sub(vectors, done), intp=I64) as loop:
-                add(builder.add(done, loop.index), 0)
+            _unrolled(builder, vectors, max(unroll, line if ahead else 1), add)
             for r, c in pairs:
                 place = _at(builder, _at(builder, out, out_stride, 4 * r), apart, 4 * c)
                 _store(builder, _total(builder, [builder.load(part) for part in sums[r, c]]), place)
@@ -160,6 +153,17 @@ def _dot(rows: int, columns: int, unroll: int, ahead: int, bfloat16: bool) -> An
         return types.int64(*[types.int64] * 8), code
 
     return dot
+
+
+def _unrolled(builder: Any, count: Any, step: int, body: Callable[[Any, int], None]) -> None:
+    """body(index, u) for each index below count, `step` of them in a pass with u from 0 on; the rest with u = 0."""
+    groups = builder.udiv(count, ir.Constant(I64, step))
+    with cgutils.for_range(builder, groups, intp=I64) as loop:
+        for u in range(step):
+            body(_at(builder, ir.Constant(I64, u), loop.index, step), u)
+    done = builder.mul(groups, ir.Constant(I64, step))
+    with cgutils.for_range(builder, builder.sub(count, done), intp=I64) as loop:
+        body(builder.add(done, loop.index), 0)
 
 
 def _total(builder: Any, parts: list[Any]) -> Any:
@@ -215,13 +219,7 @@ def _expand_output(rows: int, unroll: int) -> Any:
                     total = _multiply_add(builder, spread, _load(builder, place, FLOATS, 4), builder.load(sums[r][u]))
                     builder.store(total, sums[r][u])
 
-            groups = builder.udiv(mask_bytes, ir.Constant(I64, unroll))
-            with cgutils.for_range(builder, groups, intp=I64) as loop:
-                for u in range(unroll):
-                    add_byte(_at(builder, ir.Constant(I64, u), loop.index, unroll), u)
-            done = builder.mul(groups, ir.Constant(I64, unroll))
-            with cgutils.for_range(builder, builder.sub(mask_bytes, done), intp=I64) as loop:
-                add_byte(builder.add(done, loop.index), 0)
+            _unrolled(builder, mask_bytes, unroll, add_byte)
             for r in range(rows):
                 total = _total(builder, [builder.load(part) for part in sums[r]])
                 _store(builder, total, _at(builder, out, out_stride, 4 * r))

@@ -89,6 +89,18 @@ def test_values_are_not_read_past_their_end():
     assert run.returncode == 0, (run.returncode, run.stderr[-2000:])
 
 
+@pytest.mark.parametrize("arranged", [False, True])
+def test_the_next_row_of_the_dictionary_does_not_leak_into_padding(arranged):
+    """A vector that reads on beyond its own values meets what overflows here; times zero it would be NaN."""
+    x, D, mask, values, S = problem(1)
+    x[0] = 0
+    x[0, 0] = 10
+    D[1] = 3e38
+    with torch.no_grad(), use("kernel"):
+        found = sparse_dictionary_linear(x, layout.arranged(D) if arranged else D, mask, values)
+    assert_close(found, x.double().numpy() @ D.double().numpy() @ S.T)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 6])
 def test_nothing_beyond_the_end_of_a_column_or_row_is_read(rows, dtype):
